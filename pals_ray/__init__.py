@@ -1,0 +1,32 @@
+"""pals-ray: LLM serving on Ray inside one budget of watts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pals_ray.types import BudgetChange, BudgetSource, FleetStatus, InfeasibleBudget, PalsError, ReplicaStatus, Target
+
+if TYPE_CHECKING:
+    from pals_ray.runtime.handle import Fleet, NotRunning, connect
+
+__all__ = [
+    "BudgetChange",
+    "BudgetSource",
+    "Fleet",
+    "FleetStatus",
+    "InfeasibleBudget",
+    "NotRunning",
+    "PalsError",
+    "ReplicaStatus",
+    "Target",
+    "connect",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Late, since the handle imports Ray, which guardian, ranks and EngineCore have no use for.
+    if name in {"Fleet", "NotRunning", "connect"}:
+        from pals_ray.runtime import handle
+
+        return getattr(handle, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,141 @@
+"""The status as an operator reads it in a terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pals_ray.types import BudgetSource, FleetStatus, Latency, ReplicaStatus, Target
+
+
+def budget_line(status: FleetStatus) -> Text:
+    """One line: budget, charge, draw, stranded watts."""
+    reserve = f" (less {status.reserve_w:g} W reserve)" if status.reserve_w else ""
+    line = Text(
+        f"budget {status.budget_w:g} W{reserve} | charged {status.charge_w:.0f} W | "
+        f"drawn {status.measured_w:.0f} W {status.provenance} | stranded {status.stranded.total_w:.0f} W "
+        f"(minimum cap {status.stranded.minimum_cap_w:.0f}, headroom {status.stranded.headroom_w:.0f}, "
+        f"not binding {status.stranded.not_binding_w:.0f})"
+    )
+    if not status.enforced:
+        line.append("  UNENFORCED", style="bold red")
+    return line
+
+
+def source_line(source: BudgetSource) -> Text:
+    """One line: what moves the budget, and why it is what it is now, a schedule's next change included."""
+    if source.kind == "set":
+        return Text(f"the budget stays as it was set: {source.set_w:g} W", style="dim")
+    what = "a schedule moves the budget" if source.kind == "schedule" else "the draw follows a signal"
+    return Text(f"{what} (set: {source.set_w:g} W): {source.reason}")
+
+
+def target_text(target: Target) -> str:
+    """What is wanted of a model, in a few words."""
+    wanted = target.throughput_tokens_per_s
+    parts = ["all demand" if wanted is None else f"{wanted:g} tok/s"]
+    parts += [
+        f"{name} p99 within {_latency(limit_s)}"
+        for name, limit_s in (("TTFT", target.ttft_p99_s), ("ITL", target.itl_p99_s))
+        if limit_s is not None
+    ]
+    if target.priority:
+        parts.append(f"priority {target.priority}")
+    if target.min_share:
+        parts.append(f"minimum share {target.min_share:.0%}")
+    return ", ".join(parts)
+
+
+def status_view(status: FleetStatus) -> RenderableType:
+    """The whole status: the watts, each replica in four lines, each GPU in one, and what an operator should know."""
+    notes = [Text(f"! {note}", style="yellow") for note in status.notes]
+    source = () if status.source.kind == "set" else (source_line(status.source),)
+    replicas = map(_replica, status.replicas)
+    return Group(budget_line(status), *source, _facts(status), *notes, *replicas, Text(), _qos(status), _gpus(status))
+
+
+def _facts(status: FleetStatus) -> Text:
+    scale = f" | virtual GPUs at time scale {status.time_scale:g}" if status.time_scale is not None else ""
+    settle = "" if status.last_settle_s is None else f"; last cut in force after {status.last_settle_s * 1000:.0f} ms"
+    return Text(
+        f"parked {status.parked_w:.0f} W | unmanaged draw {status.unmanaged_w:.0f} W | over budget so far "
+        f"{status.over_budget_s:.1f} s, at worst {status.over_budget_w:.0f} W{settle} | policy {status.policy}{scale}",
+        style="dim",
+    )
+
+
+def _replica(replica: ReplicaStatus) -> Text:
+    seen = replica.telemetry
+    wanted = replica.target.throughput_tokens_per_s
+    target = "all demand" if wanted is None else f"{wanted:g} tok/s"
+    text = Text()
+    text.append(f"\n{replica.replica_id}", style="bold")
+    text.append(f"  {replica.state}, {replica.num_gpus} GPU on node {replica.node_id[:8]}\n")
+    text.append(
+        f"  cap {_number(replica.cap_w, '.0f')} W/GPU, batch limit {_number(replica.batch_limit, 'd')} of "
+        f"{replica.max_batch} | running {seen.running}, waiting {seen.waiting} | "
+        f"{seen.throughput_tokens_per_s:.0f} tok/s of {target}, {_number(replica.tokens_per_joule, '.2f')} tok/J\n"
+        f"  TTFT {_percentiles(seen.ttft, replica.target.ttft_p99_s)} | "
+        f"ITL {_percentiles(seen.itl, replica.target.itl_p99_s)} | "
+        f"draws {seen.power_w:.0f} W {replica.provenance} of {replica.charge_w:.0f} W charged, "
+        f"cap binds {seen.binding_share:.0%} | late steps {seen.late_share:.1%}\n"
+    )
+    if replica.expected is not None:
+        said, (throughput, power) = replica.expected, replica.correction
+        text.append(
+            f"  predicted {said.capacity_tokens_per_s:.0f} tok/s at most for {said.demand_tokens_per_s:.0f} demanded, "
+            f"{said.running:.0f} running, {said.node_w:.0f} W, ITL p99 {_latency(said.itl_p99_s)} | by the "
+            f"{replica.predicted_by}, corrected x{throughput:.2f} tok/s x{power:.2f} W\n"
+        )
+    text.append(f"  {replica.reason}\n  grant {replica.grant_w:.0f} W: {replica.grant_reason}", style="italic")
+    return text
+
+
+def _qos(status: FleetStatus) -> Table:
+    """Violations (intervals of 5 s) and misses since the manager started, each model's and each priority class's."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    for header in ("QoS", "violations", "by tokens/s", "TTFT", "ITL", "requests late", "tokens late", "last interval"):
+        table.add_column(header, justify="left" if header in {"QoS", "last interval"} else "right", overflow="fold")
+    for row in (*status.qos, *status.qos_by_priority):
+        table.add_row(
+            row.model or f"all of priority {row.priority}",
+            f"{row.violations} of {row.intervals} ({_number(row.violation_share, '.1%')})",
+            str(row.throughput_violations),
+            str(row.ttft_violations),
+            str(row.itl_violations),
+            _number(row.ttft_miss_share, ".1%"),
+            _number(row.itl_miss_share, ".1%"),
+            row.latest,
+        )
+    return table
+
+
+def _gpus(status: FleetStatus) -> Table:
+    table = Table(box=SIMPLE, pad_edge=False)
+    for header in ("GPU", "limit W", "draw W", "held by"):
+        table.add_column(header, justify="right" if header.endswith("W") else "left", overflow="fold")
+    for gpu in status.gpus:
+        table.add_row(
+            f"{gpu.uuid} ({gpu.product})",
+            f"{gpu.limit_w:.0f}{'' if gpu.enforceable else ' not ours to set'}",
+            f"{gpu.power_w:.0f}",
+            gpu.replica_id or "parked",
+        )
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _percentiles(seen: Latency, limit_s: float | None) -> str:
+    limit = "" if limit_s is None else f" (limit {_latency(limit_s)})"
+    return f"p50 {_latency(seen.p50_s)} p99 {_latency(seen.p99_s)}{limit}"
+
+
+def _latency(value_s: float | None) -> str:
+    if value_s is None:
+        return "-"
+    return f"{value_s * 1000:.0f} ms" if value_s < 1 else f"{value_s:.2f} s"

@@ -1,0 +1,137 @@
+"""Cases run in processes of their own, each result kept in a file: what is there already is not run again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any
+
+from pals_ray.evaluation.cases import Case
+from pals_ray.evaluation.results import Json, run_case
+from pals_ray.evaluation.runs import CONFIRMED, TUNED_BATCHES, CaseRuns
+from pals_ray.simulation.traces import Trace
+
+#: What decides a result beside its case: a change there makes every kept result stale.
+_SOURCES = ("pals_ray/simulation", "pals_ray/control", "pals_ray/models", "pals_ray/evaluation", "policies")
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case with everything that its result depends on. `folder` is where the scenario's files are."""
+
+    case: Case
+    lengths: Trace
+    folder: Path
+    policies: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def digest(self) -> str:
+        """Changes when anything does that could change the result."""
+        scenario = self.case.scenario.model_dump(mode="json", exclude={"about", "fleets", "policies", "seeds"})
+        spec = [scenario, self.case.fleet.model_dump(mode="json"), self.case.name, self.policies, self.seeds]
+        sums = [
+            float(a.sum()) for a in (self.lengths.arrival_s, self.lengths.prompt_tokens, self.lengths.output_tokens)
+        ]
+        text = json.dumps([spec, sums, _code()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def file(self, out: Path) -> Path:
+        """Where its result is kept."""
+        return out / "cases" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', self.case.name)}.json"
+
+    def runs_at_most(self) -> int:
+        """How many simulations it takes: a bound, for a progress bar."""
+        scenario, seeds = self.case.scenario, len(self.seeds)
+        tuned = len(TUNED_BATCHES) * len(scenario.tuning_seeds) * ("power_only_best" in self.policies)
+        # A bisection over a few hundred W for each of the oracle's points.
+        oracle = 9 * CONFIRMED * seeds * (scenario.oracle and self.case.load is not None)
+        return 1 + seeds * (2 + len(self.policies)) + tuned + oracle
+
+
+@cache
+def _code() -> str:
+    root = Path(__file__).parents[2]
+    found = hashlib.sha256()
+    for folder in _SOURCES:
+        for file in sorted((root / folder).glob("*.py")):
+            found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def kept(job: Job, out: Path) -> Json | None:
+    """The result of a job from an earlier run, None where there is none or something has changed since."""
+    try:
+        content: Json = json.loads(job.file(out).read_text())
+    except (OSError, ValueError):
+        return None
+    result: Json | None = content.get("result")
+    return result if content.get("digest") == job.digest else None
+
+
+def run_jobs(
+    jobs: Sequence[Job], out: Path, processes: int, tick: Callable[[str, int], None]
+) -> Iterator[tuple[Job, Json]]:
+    """Run what is not kept, and yield every job with its result as it is ready. `tick` gets (what, runs done)."""
+    todo = []
+    for job in jobs:
+        found = kept(job, out)
+        if found is None:
+            todo.append(job)
+        else:
+            tick(job.case.name, job.runs_at_most())
+            yield job, found
+    if not todo:
+        return
+    (out / "cases").mkdir(parents=True, exist_ok=True)
+    context = get_context("spawn")
+    queue: SimpleQueue[str] = context.SimpleQueue()
+    done: dict[str, int] = {}
+    most = {job.case.name: job.runs_at_most() for job in todo}
+    with ProcessPoolExecutor(min(processes, len(todo)), context, _begin, (queue,)) as pool:
+        waiting = {pool.submit(_work, job): job for job in todo}
+        while waiting:
+            finished, _ = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+            while not queue.empty():
+                name = queue.get()
+                if done.get(name, 0) < most[name]:
+                    done[name] = done.get(name, 0) + 1
+                    tick(name, 1)
+            for future in finished:
+                job = waiting.pop(future)
+                result = future.result()
+                _write(job, out, result)
+                tick(job.case.name, most[job.case.name] - done.get(job.case.name, 0))
+                yield job, result
+
+
+def _write(job: Job, out: Path, result: Json) -> None:
+    """In one step: a run that is cut off leaves no half file."""
+    file = job.file(out)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({"digest": job.digest, "result": result}))
+    partial.replace(file)
+
+
+_queue: Any = None
+
+
+def _begin(queue: SimpleQueue[str]) -> None:
+    global _queue
+    _queue = queue
+
+
+def _work(job: Job) -> Json:
+    name = job.case.name
+    runs = CaseRuns(job.case, job.lengths, job.folder, lambda what: _queue.put(name))
+    return run_case(runs, job.policies, job.seeds)

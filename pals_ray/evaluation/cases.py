@@ -1,0 +1,207 @@
+"""From a scenario to cases: one fleet under one load and one kind of budget, with every policy and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pals_ray.budget_files import load_signal
+from pals_ray.control.follow import Following
+from pals_ray.control.regulation import Signal, synthetic_signal
+from pals_ray.control.schedule import Entry, Schedule
+from pals_ray.control.snapshot import Overhead
+from pals_ray.models.prior import Workload
+from pals_ray.models.specs import Parallelism, find_gpu, find_model
+from pals_ray.scenario_files import FailureSpec, FleetSpec, LoadSpec, Scenario
+from pals_ray.simulation.setting import (
+    AgentSilent,
+    Budget,
+    ConstantBudget,
+    Failure,
+    FollowedSignal,
+    ManagerDown,
+    NodeDeath,
+    Requests,
+    ScheduledBudget,
+    SimFleet,
+    SimModel,
+    SimNode,
+)
+from pals_ray.simulation.traces import Trace, bursts, clipped, diurnal, lengthened, poisson, ramped, resampled
+from pals_ray.trace_files import load_trace
+
+#: Before a case begins engines fill and controllers find their first points: nothing of that is counted, s.
+WARM_UP_S = 120.0
+#: Offered where requests are never to run out, as a multiple of what is expected to be served.
+SATURATION = 1.5
+
+BudgetKind = Literal["constant", "event", "regulation"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fleet under one load and one budget. `load` is a share of the reference's saturated tokens/s (None: requests
+    never run out), `budget_share` of the scenario's budget. `duration_s` is without the warm-up."""
+
+    scenario: Scenario
+    fleet: FleetSpec
+    load: float | None
+    kind: BudgetKind
+    budget_share: float
+    duration_s: float
+
+    @property
+    def simulated_s(self) -> float:
+        """How long a run is, the warm-up included, s."""
+        return WARM_UP_S + self.duration_s
+
+    @property
+    def name(self) -> str:
+        """Unique within the scenario."""
+        load = "saturated" if self.load is None else f"load {self.load:g}"
+        budget = {"constant": f"budget {self.budget_share:g}", "event": "event", "regulation": "regulation"}[self.kind]
+        return f"{self.fleet.name}, {load}, {budget}"
+
+    @property
+    def kinds_of_models(self) -> str:
+        """`dense`, `moe`, or `mixed`."""
+        moe = {find_model(model.name).is_moe for model in self.fleet.models}
+        return "mixed" if len(moe) > 1 else "moe" if moe.pop() else "dense"
+
+
+def cases_of(scenario: Scenario) -> list[Case]:
+    """Every case: each fleet with each load, and with each budget."""
+    spec, duration_s = scenario.budget, scenario.duration_s
+    budgets: list[tuple[BudgetKind, float, float]] = []
+    if spec.regulation is not None:
+        budgets.append(("regulation", 1.0, duration_s))
+    if spec.event is not None:
+        budgets.append(("event", 1.0, duration_s))
+    budgets += [("constant", share, spec.sweep_s or duration_s) for share in spec.shares]
+    if not budgets:
+        budgets.append(("constant", 1.0, duration_s))
+    loads: list[float | None] = [*scenario.load.shares, *([None] if scenario.load.saturated else [])]
+    return [
+        Case(scenario, fleet, load, kind, share, length_s)
+        for fleet in scenario.fleets
+        for load in loads
+        for kind, share, length_s in budgets
+    ]
+
+
+def read_lengths(scenario: Scenario, folder: Path, sample: bool) -> Trace:
+    """The scenario's trace, clipped to its context; `sample` takes the small synthetic file that is shipped.
+
+    Raises `MissingTrace` where the file is not there.
+    """
+    spec = scenario.trace
+    trace = load_trace(folder / (spec.sample if sample else spec.path), spec.format)
+    return clipped(lengthened(trace, spec.length_factor), spec.max_model_len)
+
+
+def fleet_of(scenario: Scenario, spec: FleetSpec, lengths: Trace) -> SimFleet:
+    """The simulator's fleet, without latency limits (they come from a run of `static`)."""
+    workload = Workload(float(lengths.prompt_tokens.mean()), float(lengths.output_tokens.mean()))
+    gpu_of = {name: node.gpu for node in spec.nodes for name in node.models}
+    models = tuple(
+        SimModel(
+            name=model.name,
+            spec=model.name,
+            gpu=gpu_of[model.name],
+            parallelism=Parallelism(model.tensor_parallel, model.expert_parallel),
+            max_batch=model.max_batch,
+            step_tokens=step_tokens(gpu_of[model.name]),
+            workload=workload,
+            target=model.target.target(),
+        )
+        for model in spec.models
+    )
+    return SimFleet(tuple(_nodes(scenario, spec)), models, tuple(domain.domain() for domain in spec.domains))
+
+
+def step_tokens(gpu: str) -> int:
+    """vLLM 0.29's default of `max_num_batched_tokens` for a server on this GPU (`EngineArgs`, by memory and name)."""
+    spec = find_gpu(gpu)
+    if spec.memory_bytes >= 160 * 2**30:
+        return 16_384
+    return 8192 if spec.memory_bytes >= 70 * 2**30 and not gpu.startswith("A100") else 2048
+
+
+def _nodes(scenario: Scenario, spec: FleetSpec) -> Iterator[SimNode]:
+    number = 0
+    for node in spec.nodes:
+        a_w = scenario.overhead.a_w * node.gpus / scenario.overhead.gpus
+        for _ in range(node.count):
+            number += 1
+            overhead = Overhead(a_w, scenario.overhead.b)
+            yield SimNode(f"node-{number}", node.gpu, node.gpus, node.models, node.domain, overhead)
+
+
+def full_charge_w(fleet: SimFleet) -> float:
+    """What the fleet is charged with every GPU at its highest cap, W."""
+    return sum(
+        node.overhead.charge_w(node.num_gpus * find_gpu(node.gpu).max_limit_w, node.num_gpus, node.num_gpus)
+        for node in fleet.nodes
+    )
+
+
+def even_cap_w(fleet: SimFleet, budget_w: float, gpu: str) -> float:
+    """The cap of every GPU where a budget is split evenly by GPU, overhead inside, within the device's range, W."""
+    gpus = sum(node.num_gpus for node in fleet.nodes)
+    fixed_w = sum(node.overhead.a_w for node in fleet.nodes)
+    spec = find_gpu(gpu)
+    cap_w = (budget_w - fixed_w) / gpus / (1.0 + fleet.nodes[0].overhead.b)
+    return min(max(cap_w, spec.min_limit_w), spec.max_limit_w)
+
+
+def requests_for(
+    load: LoadSpec, arrivals: str, lengths: Trace, tokens_per_s: float, duration_s: float, seed: int
+) -> Requests:
+    """Requests of one model that ask for so many output tokens/s past the ramp, arriving as the scenario says."""
+    rate = tokens_per_s / float(lengths.output_tokens.mean())
+    if arrivals == "trace":
+        trace = resampled(lengths, rate, duration_s, seed, load.peak_over_mean)
+    elif arrivals == "diurnal":
+        trace = diurnal(lengths, rate, duration_s, seed, period_s=duration_s)
+    elif arrivals == "bursts":
+        trace = bursts(lengths, rate, duration_s, seed)
+    else:
+        trace = poisson(lengths, rate, duration_s, seed)
+    trace = ramped(trace, load.ramp_s, seed)
+    return Requests(trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
+
+
+def failures_of(specs: tuple[FailureSpec, ...]) -> tuple[Failure, ...]:
+    """The simulator's failures; their times count from the end of the warm-up."""
+    out: list[Failure] = []
+    for spec in specs:
+        if spec.kind == "manager_down":
+            out.append(ManagerDown(WARM_UP_S + spec.at_s, spec.for_s or 0.0))
+        elif spec.kind == "agent_silent":
+            out.append(AgentSilent(spec.who or "", WARM_UP_S + spec.at_s, spec.for_s or 0.0))
+        else:
+            out.append(NodeDeath(spec.who or "", WARM_UP_S + spec.at_s))
+    return tuple(out)
+
+
+def budget_of(case: Case, fleet: SimFleet, folder: Path, natural_w: float, seed: int) -> Budget:
+    """The case's budget over time. `natural_w` is what `static` draws at the same demand, W at node level."""
+    spec = case.scenario.budget
+    base_w = spec.watts if spec.watts is not None else full_charge_w(fleet)
+    if spec.regulation is not None:
+        base_share, range_share = spec.regulation.base_share, spec.regulation.range_share
+        following = Following(base_share * natural_w, range_share * natural_w, ceiling_w=full_charge_w(fleet))
+        return FollowedSignal(following, _signal(spec.regulation.signal, folder, case, seed))
+    if case.kind == "event" and spec.event is not None:
+        event = spec.event
+        entry = Entry(WARM_UP_S + event.start_s, WARM_UP_S + event.end_s, event.share * base_w, event.ramp_s)
+        return ScheduledBudget(Schedule((entry,)), base_w)
+    return ConstantBudget(case.budget_share * base_w)
+
+
+def _signal(file: str | None, folder: Path, case: Case, seed: int) -> Signal:
+    """The signal, beginning after the warm-up."""
+    signal = synthetic_signal(case.scenario.duration_s, seed) if file is None else load_signal(folder / file)
+    return Signal(signal.time_s + WARM_UP_S, signal.value)

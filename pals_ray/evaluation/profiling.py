@@ -1,0 +1,81 @@
+"""What controllers know of a replica beforehand: a surface fitted to a profile, as `pals profile` makes one live."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from pals_ray.evaluation.cases import SATURATION, requests_for
+from pals_ray.models.base import PowerModel
+from pals_ray.models.grid import GridModel
+from pals_ray.models.prior import RooflineModel
+from pals_ray.models.samples import SampleTable
+from pals_ray.models.specs import find_gpu, find_model
+from pals_ray.models.surface import fit_surface
+from pals_ray.scenario_files import LoadSpec
+from pals_ray.simulation.run import simulate
+from pals_ray.simulation.setting import ConstantBudget, SimFleet, SimModel, SimNode, SimSetting
+from pals_ray.simulation.traces import Trace
+from pals_ray.types import OperatingPoint, Target
+from policies import uniform
+
+#: Measured are these shares of the device's range of caps, at these shares of the start batch.
+CAP_SHARES = (0.1, 0.25, 0.4, 0.6, 1.0)
+BATCH_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
+#: Each for so long, after so long to fill, s; a seed that no scenario offers its load with.
+POINT_S, FILL_S = 180.0, 60.0
+_SEED = 7_000_000
+
+
+def roofline(model: SimModel) -> RooflineModel:
+    """The roofline of a model as its engine starts: the truth but for queueing, dies and the spread of lengths."""
+    return RooflineModel(model.physics, model.workload, step_tokens=model.step_tokens)
+
+
+def profiled(model: SimModel, lengths: Trace) -> PowerModel:
+    """Measure one replica at fixed points under requests that never run out, with lengths as they will come, and fit.
+
+    Not measured is TTFT, which under such a load is a wait in the queue: that is the roofline's.
+    """
+    gpu = find_gpu(model.gpu)
+    span_w = gpu.max_limit_w - gpu.min_limit_w
+    points = [
+        OperatingPoint(round(gpu.min_limit_w + share * span_w), max(round(part * model.max_batch), 1))
+        for share in CAP_SHARES
+        for part in BATCH_SHARES
+    ]
+    rows = [_measured(model, lengths, point) for point in points]
+    rate, power_w, itl_p50_s, itl_p99_s = (np.array(column) for column in zip(*rows, strict=True))
+    table = SampleTable(
+        np.array([point.cap_w for point in points]),
+        np.array([float(point.batch_limit) for point in points]),
+        rate,
+        power_w,
+        model.parallelism.num_gpus,
+        {"itl_p50_s": itl_p50_s, "itl_p99_s": itl_p99_s},
+    )
+    fitted = fit_surface(table, find_model(model.spec), roofline(model))
+    return GridModel(fitted, gpu.min_limit_w, gpu.max_limit_w, model.max_batch)
+
+
+def _measured(model: SimModel, lengths: Trace, point: OperatingPoint) -> tuple[float, float, float, float]:
+    """(tokens/s, W of all GPUs, ITL p50, ITL p99) of one replica at a point."""
+    gpus = model.parallelism.num_gpus
+    alone = replace(model, fixed=point, target=Target())
+    node = SimNode("profile", model.gpu, gpus, (model.name,))
+    expected = roofline(model).predict(point.cap_w, point.batch_limit)
+    offered = requests_for(
+        LoadSpec(ramp_s=0.0), "poisson", lengths, SATURATION * float(expected.throughput_tokens_per_s), POINT_S, _SEED
+    )
+    budget = ConstantBudget(gpus * find_gpu(model.gpu).max_limit_w)
+    setting = SimSetting(SimFleet((node,), (alone,)), budget, uniform.allocate, POINT_S)
+    result = simulate(setting, {model.name: offered})
+    counted = result.time_s > FILL_S
+    (replica,), found = result.replicas, result.models[model.name]
+    return (
+        float(np.mean(replica.tokens_per_s[counted])),
+        float(np.mean(replica.power_w[counted])),
+        found.itl_s(0.5) or np.nan,
+        found.itl_s(0.99) or np.nan,
+    )

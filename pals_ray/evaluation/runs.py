@@ -1,0 +1,270 @@
+"""The runs of one case: the reference, latency limits from it, every policy on every seed, and the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from pals_ray.control.snapshot import Policy, Share
+from pals_ray.evaluation.cases import (
+    SATURATION,
+    WARM_UP_S,
+    Case,
+    budget_of,
+    even_cap_w,
+    failures_of,
+    fleet_of,
+    full_charge_w,
+    requests_for,
+)
+from pals_ray.evaluation.profiling import profiled, roofline
+from pals_ray.models.specs import find_gpu
+from pals_ray.simulation.figures import Figures, counts_as_gain, figures, model_figures, regulation_figures
+from pals_ray.simulation.oracle import Limits, candidates
+from pals_ray.simulation.result import RunResult
+from pals_ray.simulation.run import simulate
+from pals_ray.simulation.setting import Budget, ConstantBudget, FollowedSignal, Requests, SimFleet, SimSetting
+from pals_ray.simulation.traces import Trace
+from pals_ray.types import OperatingPoint
+from policies import uniform
+
+#: How long requests that never run out are offered to find what a fleet serves, and the part of it that is not
+#: counted: the longest outputs must have come and gone, s.
+SATURATED_S, FILLING_S = 240.0, 120.0
+#: Batch limits that `power_only_best` is tuned over, up to the start batch.
+TUNED_BATCHES = (8, 16, 32, 48, 64, 128, 256)
+#: So many of the oracle's points are confirmed in the simulator.
+CONFIRMED = 5
+#: Seeds of different models' requests lie so far apart.
+_SEED_STRIDE = 1000
+
+
+@dataclass(frozen=True)
+class Run:
+    """One policy on one seed."""
+
+    policy: str
+    seed: int
+    figures: Figures
+    result: RunResult
+
+
+class CaseRuns:
+    """All runs of one case; each is made once. `tick` is called before each with what it is."""
+
+    def __init__(self, case: Case, lengths: Trace, folder: Path, tick: Callable[[str], None] = lambda _: None) -> None:
+        self.case = case
+        fleet = fleet_of(case.scenario, case.fleet, lengths)
+        tick("profile")
+        models = tuple(replace(model, belief=profiled(model, lengths)) for model in fleet.models)
+        self.fleet = replace(fleet, models=models)
+        self._lengths = lengths
+        self._folder = folder
+        self._tick = tick
+        self._capacity: dict[str, float] = {}
+        self._requests: dict[int, dict[str, Requests]] = {}
+        self._limited: dict[int, tuple[SimFleet, float]] = {}
+        self._static: dict[int, Run] = {}
+
+    def capacity_tokens_per_s(self) -> dict[str, float]:
+        """Output tokens/s that each model serves at the reference's fixed point when requests never run out."""
+        if not self._capacity:
+            fleet = fixed_at(self.fleet, self._reference_points())
+            offered = {}
+            for number, model in enumerate(fleet.models):
+                point = self._reference_points()[model.name]
+                replicas = sum(node.replicas.count(model.name) for node in fleet.nodes)
+                guess = roofline(model).predict(point.cap_w, point.batch_limit)
+                rate = SATURATION * replicas * float(guess.throughput_tokens_per_s)
+                offered[model.name] = self._poisson(rate, SATURATED_S, number)
+            self._tick("saturated")
+            result = simulate(self._setting(fleet, uniform.allocate, 0, SATURATED_S), offered)
+            counted = result.time_s > FILLING_S
+            self._capacity = dict.fromkeys(offered, 0.0)
+            for found in result.replicas:
+                self._capacity[found.model] += float(np.mean(found.tokens_per_s[counted]))
+        return self._capacity
+
+    def requests(self, seed: int) -> dict[str, Requests]:
+        """The requests of every model, the same for all policies."""
+        if seed not in self._requests:
+            self._requests[seed] = {
+                name: self._poisson(SATURATION * served, self.case.simulated_s, _SEED_STRIDE * seed + number)
+                if self.case.load is None
+                else requests_for(
+                    self.case.scenario.load,
+                    self.case.scenario.trace.arrivals,
+                    self._lengths,
+                    self.case.load * served,
+                    self.case.simulated_s,
+                    _SEED_STRIDE * seed + number,
+                )
+                for number, (name, served) in enumerate(self.capacity_tokens_per_s().items())
+            }
+        return self._requests[seed]
+
+    def limited(self, seed: int) -> tuple[SimFleet, float]:
+        """The fleet with the latency limits that `static` sets at this demand, and what that draws, W at node level.
+
+        A saturated run has no latency limits: its queue grows for ever.
+        """
+        if seed not in self._limited:
+            self._tick("reference")
+            fleet = replace(self.fleet, domains=())
+            result = simulate(
+                self._setting(fixed_at(fleet, self._top_points()), uniform.allocate, seed), self.requests(seed)
+            )
+            found = model_figures(result, WARM_UP_S)
+            limits = self.case.scenario.limits
+            models = []
+            for model in self.fleet.models:
+                seen = found[model.name]
+                if self.case.load is not None and seen.ttft_p99_s is not None and seen.itl_p99_s is not None:
+                    target = replace(
+                        model.target,
+                        ttft_p99_s=limits.ttft_p99 * seen.ttft_p99_s,
+                        itl_p99_s=limits.itl_p99 * seen.itl_p99_s,
+                    )
+                    model = replace(model, target=target)
+                models.append(model)
+            self._limited[seed] = replace(self.fleet, models=tuple(models)), result.node_energy_j / result.duration_s
+        return self._limited[seed]
+
+    def run(self, policy: str, seed: int) -> Run:
+        """One policy on one seed. `power_only_best` is tuned first, on the scenario's tuning seeds."""
+        if policy == "static":
+            return self.static(seed)
+        name = self.best_power_only() if policy == "power_only_best" else policy
+        return replace(self._run(name, seed), policy=policy)
+
+    def static(self, seed: int) -> Run:
+        """Everything at maximum, whatever the budget."""
+        if seed not in self._static:
+            self._static[seed] = self.fixed("static", self._top_points(), seed)
+        return self._static[seed]
+
+    def fixed(self, label: str, points: dict[str, OperatingPoint], seed: int) -> Run:
+        """Every model's replicas at one point throughout, without a budget."""
+        fleet, natural_w = self.limited(seed)
+        self._tick(label)
+        setting = self._setting(fixed_at(replace(fleet, domains=()), points), uniform.allocate, seed)
+        result = simulate(self._with_failures(setting), self.requests(seed))
+        return Run(label, seed, self._judged(result, self._budget(natural_w, seed)), result)
+
+    def best_power_only(self) -> str:
+        """`power_only@BATCH` of the batch that keeps the limits best on the tuning seeds, then gains most tokens/J."""
+        start = max(model.max_batch for model in self.fleet.models)
+        scenario = self.case.scenario
+
+        def worth(batch: int) -> tuple[bool, float]:
+            runs = [self._run(f"power_only@{batch}", seed) for seed in scenario.tuning_seeds]
+            rate = float(np.mean([run.figures.violation_rate or 0.0 for run in runs]))
+            own = float(np.mean([self.static(s).figures.violation_rate or 0.0 for s in scenario.tuning_seeds]))
+            kept = counts_as_gain(rate, own, scenario.violation_limit)
+            return kept, float(np.mean([run.figures.tokens_per_joule for run in runs])) if kept else -rate
+
+        return f"power_only@{max((b for b in TUNED_BATCHES if b <= start), key=worth)}"
+
+    def oracle(self) -> tuple[OperatingPoint, list[Run]]:
+        """The best fixed point of the fleet's one model that keeps the limits, and its runs.
+
+        The best points on the steady-state physics are confirmed in the simulator on every seed, where one fails at
+        the least higher cap that does not (queues and bursts are the simulator's). `static` itself is always one.
+        """
+        (model,) = self.fleet.models
+        node = self.fleet.nodes[0]
+        replicas = sum(n.replicas.count(model.name) for n in self.fleet.nodes)
+        demand = (self.case.load or 0.0) * self.capacity_tokens_per_s()[model.name] / replicas
+        limits = Limits(self.case.scenario.limits.itl_p99, self.case.scenario.limits.ttft_p99)
+        truth = roofline(model)
+        best = self._top_points()[model.name], [self.static(seed) for seed in self.case.scenario.seeds]
+        found = candidates(truth, model.max_batch, demand, limits, node.overhead, node.num_gpus)
+        for candidate in found[:CONFIRMED]:
+            best = self._confirmed(candidate.point, _efficiency(best[1])) or best
+        return best
+
+    def _confirmed(self, point: OperatingPoint, beat: float) -> tuple[OperatingPoint, list[Run]] | None:
+        """The least cap from a point's own up, in whole W, at which its runs count; None where that is no better than
+        `beat` tokens/J: a higher cap at the same batch only costs more, so the search ends at the first such run."""
+        (model,) = self.fleet.models
+        kept = None
+        low, high = round(point.cap_w), round(find_gpu(model.gpu).max_limit_w)
+        cap_w = low
+        while low <= high:
+            at = OperatingPoint(float(cap_w), point.batch_limit)
+            runs = [self.fixed("oracle", {model.name: at}, seed) for seed in self.case.scenario.seeds]
+            if _efficiency(runs) <= beat:
+                high = cap_w - 1
+            elif all(self.counts(run) for run in runs):
+                kept, high = (at, runs), cap_w - 1
+            else:
+                low = cap_w + 1
+            cap_w = (low + high) // 2
+        return kept
+
+    def counts(self, run: Run) -> bool:
+        """Whether a run's violations are few enough for its gain to count."""
+        own = self.static(run.seed).figures.violation_rate
+        return counts_as_gain(run.figures.violation_rate, own, self.case.scenario.violation_limit)
+
+    def _run(self, policy: str, seed: int) -> Run:
+        fleet, natural_w = self.limited(seed)
+        budget = self._budget(natural_w, seed)
+        self._tick(policy)
+        setting = replace(self._setting(fleet, policy_named(policy), seed), budget=budget)
+        result = simulate(self._with_failures(setting), self.requests(seed))
+        return Run(policy, seed, self._judged(result, budget), result)
+
+    def _judged(self, result: RunResult, budget: Budget) -> Figures:
+        found = figures(result, WARM_UP_S)
+        if not isinstance(budget, FollowedSignal):
+            return found
+        tracking, aqa, pjm, precision = regulation_figures(result, budget.following, budget.signal)
+        found = replace(found, tracking_error=tracking, aqa_error=aqa, pjm_score=pjm, precision=precision)
+        # A budget that moves with a signal falls again before a fall has settled: there is no cut to time.
+        return replace(found, settle_s=None, settle_over_w=None)
+
+    def _budget(self, natural_w: float, seed: int) -> Budget:
+        return budget_of(self.case, self.fleet, self._folder, natural_w, seed)
+
+    def _setting(self, fleet: SimFleet, policy: Policy, seed: int, duration_s: float | None = None) -> SimSetting:
+        """A run under a budget that never binds."""
+        budget = ConstantBudget(full_charge_w(fleet))
+        return SimSetting(fleet, budget, policy, duration_s or self.case.simulated_s, seed=seed)
+
+    def _with_failures(self, setting: SimSetting) -> SimSetting:
+        return replace(setting, failures=failures_of(self.case.scenario.failures))
+
+    def _poisson(self, tokens_per_s: float, duration_s: float, seed: int) -> Requests:
+        return requests_for(self.case.scenario.load, "poisson", self._lengths, tokens_per_s, duration_s, seed)
+
+    def _top_points(self) -> dict[str, OperatingPoint]:
+        return {m.name: OperatingPoint(find_gpu(m.gpu).max_limit_w, m.max_batch) for m in self.fleet.models}
+
+    def _reference_points(self) -> dict[str, OperatingPoint]:
+        """What offered load is a share of: `static`, or every GPU at its even part of the budget."""
+        watts = self.case.scenario.budget.watts
+        if self.case.scenario.load.of == "static" or watts is None:
+            return self._top_points()
+        return {m.name: OperatingPoint(even_cap_w(self.fleet, watts, m.gpu), m.max_batch) for m in self.fleet.models}
+
+
+def fixed_at(fleet: SimFleet, points: dict[str, OperatingPoint]) -> SimFleet:
+    """The fleet with every model's replicas at one point throughout."""
+    return replace(fleet, models=tuple(replace(model, fixed=points[model.name]) for model in fleet.models))
+
+
+def policy_named(name: str) -> Policy:
+    """The policy function that a scenario's name means: `power_only@32` is that of batch 32."""
+    module, _, batch = name.partition("@")
+    allocate: Callable[..., Mapping[str, Share]] = import_module(f"policies.{module}").allocate
+    return partial(allocate, batch_limit=int(batch)) if batch else allocate
+
+
+def _efficiency(runs: list[Run]) -> float:
+    return float(np.mean([run.figures.tokens_per_joule for run in runs]))

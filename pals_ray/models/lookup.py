@@ -1,0 +1,118 @@
+"""A replica's model in a table: tokens/s, W, inter-token latency and TTFT at any (cap, batch limit), in microseconds.
+
+Looked up bilinearly in logs. Needs numpy alone: the agents hold one each, and are light.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pals_ray.models.base import FloatArray, PowerModel, Prediction
+
+# A mean draw this far above the cap means that the clock floor holds it there, not noise.
+_FLOOR_TOLERANCE = 1.02
+_CAP_KNOTS = 64
+_BATCH_KNOTS_PER_OCTAVE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """What a fit has to say of itself."""
+
+    rows: int
+    values: dict[str, float]
+    undetermined: tuple[str, ...]
+    outliers: tuple[tuple[float, int], ...]
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for an operator; none if all is well."""
+        out = []
+        if self.undetermined:
+            out.append("not determined by these samples (prior kept): " + "; ".join(self.undetermined))
+        out.extend(
+            f"sample at {cap:g} W, batch {batch} contradicts the others: weighed down" for cap, batch in self.outliers
+        )
+        return tuple(out)
+
+
+class SurfaceModel:
+    """A `PowerModel` looked up in a table of logs.
+
+    `fields` has shape (caps, log2 batches, 8): logs of throughput, replica power, the four latencies, then the two
+    relative standard deviations.
+    """
+
+    def __init__(
+        self, caps_w: FloatArray, log2_batches: FloatArray, fields: FloatArray, num_gpus: int, report: FitReport
+    ) -> None:
+        self._log_caps = np.log(caps_w)
+        self._log2_batches = log2_batches
+        self._fields = np.ascontiguousarray(fields)
+        self.num_gpus = num_gpus
+        self.report = report
+
+    def predict(self, cap_w: ArrayLike, batch: ArrayLike) -> Prediction:
+        """Broadcast `cap_w` (W per GPU) against `batch`; beyond the table its edge answers."""
+        cap, batch = np.broadcast_arrays(np.asarray(cap_w, dtype=np.float64), np.asarray(batch, dtype=np.float64))
+        shape = cap.shape
+        cap = cap.reshape(-1)
+        row, up = _place(self._log_caps, np.log(np.maximum(cap, 1e-3)))
+        column, along = _place(self._log2_batches, np.log2(np.maximum(batch.reshape(-1), 1.0)))
+        width = len(self._log2_batches)
+        flat = self._fields.reshape(-1, self._fields.shape[-1])
+        corner = row * width + column
+        up, along = up[:, None], along[:, None]
+        low = flat[corner] * (1.0 - along) + flat[corner + 1] * along
+        high = flat[corner + width] * (1.0 - along) + flat[corner + width + 1] * along
+        found = low * (1.0 - up) + high * up
+        values = np.exp(found[:, :6])
+        honours = values[:, 1] <= cap * self.num_gpus * _FLOOR_TOLERANCE
+        throughput, power, itl50, itl99, ttft50, ttft99 = (values[:, i].reshape(shape) for i in range(6))
+        return Prediction(
+            throughput,
+            power,
+            itl50,
+            itl99,
+            ttft50,
+            ttft99,
+            found[:, 6].reshape(shape),
+            found[:, 7].reshape(shape),
+            honours.reshape(shape),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What predicts a replica, and where that comes from, for an operator to read."""
+
+    source: str
+    surface: SurfaceModel
+
+
+def _place(knots: FloatArray, at: FloatArray) -> tuple[np.ndarray[tuple[int], np.dtype[np.intp]], FloatArray]:
+    """Left knot and share of the way to the next, clamped to the table."""
+    left = np.clip(np.searchsorted(knots, at, side="right") - 1, 0, len(knots) - 2)
+    share = (at - knots[left]) / (knots[left + 1] - knots[left])
+    return left, np.clip(share, 0.0, 1.0)
+
+
+def tabulated(
+    model: PowerModel, min_limit_w: float, max_limit_w: float, most_batch: int, num_gpus: int
+) -> SurfaceModel:
+    """A slow model as a table over a device's caps, W, and batches from 1 to `most_batch`."""
+    caps_w = np.geomspace(min_limit_w, max_limit_w, _CAP_KNOTS)
+    log2 = np.linspace(0.0, np.log2(most_batch), int(np.ceil(np.log2(most_batch) * _BATCH_KNOTS_PER_OCTAVE)) + 1)
+    said = model.predict(caps_w[:, None], np.exp2(log2)[None, :])
+    logs = (
+        np.log(said.throughput_tokens_per_s),
+        np.log(said.power_w),
+        np.log(said.itl_p50_s),
+        np.log(said.itl_p99_s),
+        np.log(said.ttft_p50_s),
+        np.log(said.ttft_p99_s),
+    )
+    fields = np.stack([*logs, said.throughput_rel_std, said.power_rel_std], axis=-1)
+    return SurfaceModel(caps_w, log2, fields, num_gpus, FitReport(0, {}, (), ()))

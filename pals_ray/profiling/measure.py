@@ -1,0 +1,222 @@
+"""One live replica as a profiler handles it: held at a point, read, loaded until it is steady, and let go."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from pals_ray.control.holds import HoldRefused
+from pals_ray.control.telemetry import Reading, TelemetryWindow
+from pals_ray.models.profile import ProfileSample
+from pals_ray.profiling.load import ClosedLoop
+from pals_ray.profiling.steady import SteadyRule, Window, first_tokens, steady_window
+from pals_ray.runtime.handle import own_errors
+from pals_ray.runtime.measuring import Subject
+from pals_ray.runtime.messages import MANAGER_NAME, NAMESPACE, Measurement, agent_name
+from pals_ray.types import OperatingPoint, PalsError
+
+RENEW_S = 1.0
+READ_S = 1.0
+IN_FORCE_DEADLINE_S = 20.0
+IDLE_DEADLINE_S = 30.0
+POINT_DEADLINE_S = 90.0
+_SAME_CAP_W = 0.5
+
+
+class MeasuringError(PalsError):
+    """A point that could not be measured: says what stood in the way."""
+
+
+class NotSteady(MeasuringError):
+    """A replica that did not become steady at a point in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class PointProgress:
+    """How far a point is: the share of it that is done, and what is being waited for."""
+
+    share: float
+    note: str
+
+
+class HeldReplica:
+    """A replica under this profiler's hold, which a task renews; without it the hold lapses and all is as before."""
+
+    def __init__(self, subject: Subject, owner: str, manager: Any) -> None:
+        self.subject = subject
+        self._owner = owner
+        self._manager = manager
+        self._agent = ray.get_actor(agent_name(subject.replica_id), namespace=NAMESPACE)
+        self._point: OperatingPoint | None = None
+        self._refused: PalsError | None = None
+
+    async def hold(self, point: OperatingPoint) -> None:
+        """Bring a point's cap into force. Raises `HoldRefused`, or `MeasuringError` where that takes too long.
+
+        The scheduler takes note of a batch limit with its next step, which an idle engine does not make.
+        """
+        with own_errors():
+            await self._manager.hold.remote(self.subject.replica_id, self._owner, point)
+        self._point = point
+        with suppress(TimeoutError):
+            async with asyncio.timeout(IN_FORCE_DEADLINE_S):
+                while not _at_cap(await self.read(), point):
+                    await asyncio.sleep(0.1)
+                return
+        raise MeasuringError(
+            f"{self.subject.replica_id} is not at {point.cap_w:g} W after {IN_FORCE_DEADLINE_S:g} s: `pals status` says"
+            " what holds it"
+        )
+
+    async def read(self) -> Measurement:
+        """A fresh reading. Raises what has refused the hold meanwhile."""
+        if self._refused is not None:
+            raise self._refused
+        with own_errors():
+            read: Measurement | None = await self._agent.measure.remote()
+        if read is None or read.reading.engine is None:
+            raise MeasuringError(f"{self.subject.replica_id} cannot be read: `pals status` says why")
+        return read
+
+    def in_force(self, read: Measurement) -> bool:
+        """Whether the point held is in force on all GPUs and in the engine's scheduler."""
+        engine, point = read.reading.engine, self._point
+        if engine is None or point is None:
+            return False
+        return engine.batch_limit == point.batch_limit and _at_cap(read, point)
+
+    async def idle(self) -> None:
+        """Wait until no request runs or waits. Raises `MeasuringError`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(IDLE_DEADLINE_S):
+                while _requests((await self.read()).reading) > 0:
+                    await asyncio.sleep(0.1)
+                return
+        raise MeasuringError(
+            f"{self.subject.replica_id} serves other requests: measuring takes the replica for itself, so send them "
+            "elsewhere meanwhile"
+        )
+
+    async def renew(self) -> None:
+        """Renew the hold for ever; a manager that is away may come back within the lease."""
+        while True:
+            await asyncio.sleep(RENEW_S)
+            if self._point is None:
+                continue
+            try:
+                with own_errors():
+                    await self._manager.hold.remote(self.subject.replica_id, self._owner, self._point)
+            except HoldRefused as error:
+                self._refused = error
+                return
+            except (PalsError, RayActorError):
+                continue
+
+    async def release(self) -> None:
+        """Give the replica back to the policy."""
+        with suppress(PalsError, RayActorError), own_errors():
+            await self._manager.release.remote(self.subject.replica_id, self._owner)
+
+
+@asynccontextmanager
+async def held(model: str) -> AsyncIterator[HeldReplica]:
+    """A model's replica for measuring; on leaving, however that comes about, it is the policy's again.
+
+    Needs a connected Ray (`pals_ray.connect`). Raises `HoldRefused`.
+    """
+    manager = ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
+    with own_errors():
+        subject: Subject = await manager.subject.remote(model)
+    replica = HeldReplica(subject, uuid.uuid4().hex, manager)
+    renewing = asyncio.create_task(replica.renew())
+    try:
+        yield replica
+    finally:
+        renewing.cancel()
+        await replica.release()
+
+
+async def measure(
+    replica: HeldReplica,
+    point: OperatingPoint,
+    load: Callable[[int], ClosedLoop],
+    rule: SteadyRule,
+    tell: Callable[[PointProgress], None],
+) -> ProfileSample:
+    """Measure one point under a load of as many requests as the batch limit. Raises `MeasuringError`, `HoldRefused`.
+
+    Readings count from when every sequence of the batch has had its first token, while the point is in force and
+    nobody else's request runs.
+    """
+    await replica.idle()
+    await replica.hold(point)
+    begun = first_tokens((await replica.read()).reading)
+    readings: list[Reading] = []
+    reason = "first tokens of the whole batch"
+    async with _abandoned_at_the_end(load(point.batch_limit)) as clients:
+        try:
+            async with asyncio.timeout(POINT_DEADLINE_S):
+                while True:
+                    await asyncio.sleep(READ_S)
+                    if clients.result.failures:
+                        raise MeasuringError(f"a request of the load failed: {clients.result.failures[0]}")
+                    read = await replica.read()
+                    if not replica.in_force(read) or _requests(read.reading) > point.batch_limit:
+                        readings, reason = [], "the point in force, and no other requests"
+                    elif first_tokens(read.reading) - begun >= point.batch_limit:
+                        readings.append(read.reading)
+                        window, reason = steady_window(readings, rule)
+                        if window is not None:
+                            return _sample(window, point, replica.subject)
+                    elapsed_s = readings[-1].time_s - readings[0].time_s if readings else 0.0
+                    tell(PointProgress(min(elapsed_s / rule.least_s, 0.95), reason))
+        except TimeoutError:
+            raise NotSteady(
+                f"{replica.subject.replica_id} at {point.cap_w:g} W, batch limit {point.batch_limit} was not steady "
+                f"within {POINT_DEADLINE_S:g} s: {reason}"
+            ) from None
+
+
+@asynccontextmanager
+async def _abandoned_at_the_end(loop: ClosedLoop) -> AsyncIterator[ClosedLoop]:
+    """A load whose requests are dropped at the end instead of waited for."""
+    async with loop:
+        try:
+            yield loop
+        finally:
+            loop.abandon()
+
+
+def _at_cap(read: Measurement, point: OperatingPoint) -> bool:
+    return all(abs(cap_w - point.cap_w) < _SAME_CAP_W for cap_w in read.caps_w)
+
+
+def _requests(reading: Reading) -> int:
+    return reading.engine.running + reading.engine.waiting if reading.engine else 0
+
+
+def _sample(window: Window, point: OperatingPoint, subject: Subject) -> ProfileSample:
+    whole = TelemetryWindow(rate_s=window.elapsed_s, latency_s=window.elapsed_s)
+    whole.add(window.first)
+    whole.add(window.last)
+    seen = whole.summary()
+    return ProfileSample(
+        power_cap_w=point.cap_w,
+        batch_limit=point.batch_limit,
+        throughput_tokens_per_s=seen.throughput_tokens_per_s,
+        power_w=seen.power_w,
+        itl_p50_s=seen.itl.p50_s,
+        itl_p99_s=seen.itl.p99_s,
+        ttft_p50_s=seen.ttft.p50_s,
+        ttft_p99_s=seen.ttft.p99_s,
+        provenance=subject.provenance,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )

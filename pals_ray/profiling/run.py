@@ -1,0 +1,136 @@
+"""A profiling run: which points, one after another, each written down before the next; an interrupted run goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pals_ray.control.graph_sizes import graph_sizes
+from pals_ray.models.base import FloatArray
+from pals_ray.models.choice import next_point
+from pals_ray.models.profile import Profile, ProfileError, ProfileSample, profile_from_json
+from pals_ray.models.specs import ModelSpec
+from pals_ray.profiling.measure import NotSteady
+from pals_ray.types import OperatingPoint, PalsError
+
+_CAP_LEVELS = 7
+#: Two points that do not become steady are chance; with the third the run ends.
+_MOST_UNSTEADY = 3
+
+Measure = Callable[[OperatingPoint], Awaitable[ProfileSample]]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The points that may be chosen: arrays of equal length. `cap_w` is W per GPU."""
+
+    cap_w: FloatArray
+    batch: FloatArray
+
+    def at(self, index: int) -> OperatingPoint:
+        """The point at a place."""
+        return OperatingPoint(float(self.cap_w[index]), int(self.batch[index]))
+
+    def index_of(self, point: OperatingPoint) -> int | None:
+        """A point's place, None where it is not on the grid."""
+        found = np.flatnonzero((self.cap_w == point.cap_w) & (self.batch == point.batch_limit))
+        return int(found[0]) if len(found) else None
+
+
+def grid_of(min_cap_w: float, most_cap_w: float, max_batch: int) -> Grid:
+    """Seven caps, evenly, and batch limits 1, 2, 4, 8, 16, 24, 32, 48, 64, ... up to the largest."""
+    caps = np.unique(np.linspace(min_cap_w, most_cap_w, _CAP_LEVELS).round())
+    caps = caps[(caps >= min_cap_w) & (caps <= most_cap_w)]
+    if len(caps) < 2:
+        raise PalsError(
+            f"caps from {min_cap_w:g} to {most_cap_w:g} W per GPU are all that the budget allows: too narrow to "
+            "measure the effect of a cap; raise the budget for the time of measuring"
+        )
+    if max_batch < 2:
+        raise PalsError("the engine was started with max_num_seqs 1: the effect of the batch cannot be measured")
+    powers = [2**k for k in range(max_batch.bit_length())]
+    batches = sorted({max_batch, *(b for p in powers for b in (p, p * 3 // 2) if b in graph_sizes(max_batch))})
+    cap, batch = np.meshgrid(caps, np.array(batches, dtype=np.float64), indexing="ij")
+    return Grid(cap.reshape(-1), batch.reshape(-1))
+
+
+def drawn_points(min_cap_w: float, most_cap_w: float, max_batch: int, count: int, seed: int) -> list[OperatingPoint]:
+    """Points drawn uniformly from all there are: caps in whole W, batch limits that an agent orders (graph sizes)."""
+    draw = random.Random(seed)
+    low, high = int(np.ceil(min_cap_w)), int(np.floor(most_cap_w))
+    sizes = graph_sizes(max_batch)
+    return [OperatingPoint(float(draw.randint(low, high)), draw.choice(sizes)) for _ in range(count)]
+
+
+def begin_or_resume(path: Path, empty: Profile) -> Profile:
+    """The profile at `path` so far, or `empty` where there is none.
+
+    Raises `ProfileError` where the file is a profile of something else: another model, GPU, time scale, engine, load.
+    """
+    if not path.exists():
+        return empty
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path} cannot be read as a profile: {error}; name another file with --out") from error
+    found = profile_from_json(text, str(path))
+    for name in set(Profile.model_fields) - {"samples", "fit", "created_at"}:
+        was, now = getattr(found, name), getattr(empty, name)
+        if was != now:
+            raise ProfileError(
+                f"{path} holds a profile with {name} {was!r}, but this one has {now!r}: name another file with --out, "
+                "or remove it"
+            )
+    return found
+
+
+def write_profile(path: Path, profile: Profile) -> None:
+    """Write a profile so that whoever is killed meanwhile leaves the old file or the new one. Raises `ProfileError`."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("w") as file:
+            file.write(profile.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        raise ProfileError(f"the profile cannot be written to {path}: {error.strerror}; name another --out") from error
+
+
+async def measure_all(
+    profile: Profile, grid: Grid, points: int, measure: Measure, keep: Callable[[Profile], None], spec: ModelSpec | None
+) -> tuple[Profile, tuple[str, ...]]:
+    """Measure until the profile holds `points` samples, each chosen on what is known so far and kept at once.
+
+    Returns the profile and what was left out because it did not become steady. Raises `PalsError`.
+    """
+    left_out: list[str] = []
+    skipped: list[int] = []
+    while len(profile.samples) < points:
+        index = await asyncio.to_thread(_next, profile, grid, skipped, spec)
+        if index is None:
+            break
+        try:
+            sample = await measure(grid.at(index))
+        except NotSteady as error:
+            left_out.append(str(error))
+            skipped.append(index)
+            if len(skipped) >= _MOST_UNSTEADY:
+                raise
+            continue
+        profile = profile.model_copy(update={"samples": (*profile.samples, sample), "fit": None})
+        keep(profile)
+    return profile, tuple(left_out)
+
+
+def _next(profile: Profile, grid: Grid, skipped: list[int], spec: ModelSpec | None) -> int | None:
+    """The grid's most telling point beside those measured and skipped; samples off the grid tell all the same."""
+    measured = [grid.index_of(OperatingPoint(s.power_cap_w, s.batch_limit)) for s in profile.samples]
+    taken = [*skipped, *(index for index in measured if index is not None)]
+    return next_point(grid.cap_w, grid.batch, taken, profile.table(), spec)

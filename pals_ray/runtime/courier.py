@@ -1,0 +1,53 @@
+"""Carries the ledger's orders to the agents, all at once, and their confirmations back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray.exceptions import RayActorError
+
+from pals_ray.control.orders import AgentReport, Commands, ParkOrder
+from pals_ray.types import Grant
+
+PUSH_TIMEOUT_S = 5.0
+
+log = logging.getLogger("pals.manager")
+
+
+class Courier:
+    """Pushes orders to the actors in `handles`; `confirmed` hears what each then has in force.
+
+    A push that is lost is repaired by the answer to the agent's next beat.
+    """
+
+    def __init__(self, handles: Mapping[str, Any], confirmed: Callable[[AgentReport], None]) -> None:
+        self._handles = handles
+        self._confirmed = confirmed
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    def send(self, commands: Commands) -> None:
+        """Cuts first, then raises, then parking; waits for none of them."""
+        for grant in (*commands.cuts, *commands.raises):
+            self._push(grant.replica_id, "apply", grant)
+        for order in commands.parks:
+            self._push(order.executor, "park", order)
+
+    def _push(self, replica_id: str, method: str, order: Grant | ParkOrder) -> None:
+        task = asyncio.create_task(self._deliver(replica_id, method, order))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+
+    async def _deliver(self, replica_id: str, method: str, order: Grant | ParkOrder) -> None:
+        handle = self._handles.get(replica_id)
+        if handle is None:
+            return
+        try:
+            async with asyncio.timeout(PUSH_TIMEOUT_S):
+                report: AgentReport = await getattr(handle, method).remote(order)
+        except (RayActorError, TimeoutError) as error:
+            log.warning("%s did not confirm %s: %s", replica_id, method, error)
+            return
+        self._confirmed(report)

@@ -1,0 +1,34 @@
+"""The fleet's draw over time, in narrow bins."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Width of a bin, s: a cap cut settles in less.
+METER_S = 0.1
+
+
+class Meter:
+    """Joules at node level in bins of `METER_S`, from everything that draws."""
+
+    def __init__(self, duration_s: float) -> None:
+        self._joules = [0.0] * (math.ceil(duration_s / METER_S) + 1)
+        self._last = len(self._joules) - 1
+
+    def add(self, from_s: float, to_s: float, power_w: float) -> None:
+        """Book a constant draw, W, over a stretch of time."""
+        first, last = int(from_s / METER_S), int(to_s / METER_S)
+        if first == last:
+            self._joules[first] += power_w * (to_s - from_s)
+            return
+        self._joules[first] += power_w * ((first + 1) * METER_S - from_s)
+        for i in range(first + 1, min(last, self._last)):
+            self._joules[i] += power_w * METER_S
+        self._joules[min(last, self._last)] += power_w * (to_s - last * METER_S)
+
+    def power_w(self, duration_s: float) -> NDArray[np.float64]:
+        """Mean draw in each whole bin up to `duration_s`, W."""
+        return np.array(self._joules[: int(duration_s / METER_S + 1e-9)]) / METER_S

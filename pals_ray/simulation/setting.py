@@ -1,0 +1,226 @@
+"""What is to be simulated: nodes, models, budget, policy, message delays and failures. Pure values, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pals_ray.control.controller_state import ControllerConfig
+from pals_ray.control.follow import Following
+from pals_ray.control.regulation import Signal
+from pals_ray.control.schedule import Schedule
+from pals_ray.control.snapshot import Domain, Overhead, Policy
+from pals_ray.models.base import PowerModel
+from pals_ray.models.physics import GroupPhysics
+from pals_ray.models.prior import Workload
+from pals_ray.models.specs import Parallelism, find_gpu, find_model
+from pals_ray.types import OperatingPoint, PalsError, Target
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+#: vLLM's `gpu_memory_utilization` (0.9), less what activations and CUDA graphs take of it.
+_USABLE_MEMORY = 0.85
+
+
+class SimulationError(PalsError):
+    """A setting that no fleet could be run with."""
+
+
+@dataclass(frozen=True)
+class SimModel:
+    """A served model: which one on which GPUs, how its engines start, and what is wanted of it.
+
+    `max_batch` is vLLM's `max_num_seqs`, `step_tokens` its `max_num_batched_tokens`, `kv_tokens` how many tokens the
+    KV cache of one replica holds (None: what weights leave of the GPUs' memory). `workload` is what the controllers'
+    model of it assumes of requests, `belief` that model itself (None: the roofline, which is the true physics but for
+    queueing and dies); `largest_prompt` as in `pals_ray.control.controller_state.Situation`. With `fixed` its replicas
+    stay at that point from first to last, and neither agent nor manager touches them.
+    """
+
+    name: str
+    spec: str
+    gpu: str
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    max_batch: int = 64
+    step_tokens: int = 8192
+    kv_tokens: int | None = None
+    workload: Workload = field(default_factory=Workload)
+    target: Target = field(default_factory=Target)
+    belief: PowerModel | None = None
+    largest_prompt: float = 1.0
+    fixed: OperatingPoint | None = None
+
+    @cached_property
+    def physics(self) -> GroupPhysics:
+        """The silicon that its replicas run on. Raises `UnknownSpecError`."""
+        return GroupPhysics(find_gpu(self.gpu), find_model(self.spec), self.parallelism)
+
+    @cached_property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens that one replica's KV cache holds. Raises `SimulationError` where the weights leave no room."""
+        if self.kv_tokens is not None:
+            return self.kv_tokens
+        gpu, model, ranks = find_gpu(self.gpu), find_model(self.spec), self.parallelism.num_gpus
+        usable_bytes = _USABLE_MEMORY * gpu.memory_bytes - model.total_params * model.weight_bytes / ranks
+        # As in the physics: more ranks than KV heads replicate them, and a latent cache is whole on every rank.
+        kv_ranks = 1 if model.latent_kv_values else min(ranks, model.kv_heads)
+        tokens = int(usable_bytes / (model.kv_values_per_token * 2.0 / kv_ranks))
+        if tokens < 1:
+            raise SimulationError(
+                f"{self.spec} does not fit on {ranks} x {self.gpu}: its weights leave no room for a KV cache; "
+                "use more GPUs a replica"
+            )
+        return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SimNode:
+    """One node: `replicas` names the model of each replica on it, in order of its GPUs; those left over are parked."""
+
+    name: str
+    gpu: str
+    num_gpus: int
+    replicas: tuple[str, ...]
+    domain: str | None = None
+    overhead: Overhead = field(default_factory=Overhead)
+
+
+@dataclass(frozen=True, slots=True)
+class ConstantBudget:
+    """The same budget throughout, W at node level."""
+
+    budget_w: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBudget:
+    """A budget by the clock; the run starts at Unix time `start_s`. `base_w` holds where no entry does, W."""
+
+    schedule: Schedule
+    base_w: float
+    start_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class FollowedSignal:
+    """A regulation signal followed by `pals_ray.control.follow`, from the run's start."""
+
+    following: Following
+    signal: Signal
+
+
+Budget = ConstantBudget | ScheduledBudget | FollowedSignal
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSilent:
+    """A replica's agent neither sends nor receives from `at_s` for `for_s`; its lease goes on running."""
+
+    replica_id: str
+    at_s: float
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ManagerDown:
+    """The manager is gone from `at_s` for `for_s`; a new one then rebuilds from what the old one wrote down."""
+
+    at_s: float
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDeath:
+    """A node is gone from `at_s` to the end: its replicas' requests begin anew elsewhere, its GPUs draw nothing."""
+
+    node: str
+    at_s: float
+
+
+Failure = AgentSilent | ManagerDown | NodeDeath
+
+
+@dataclass(frozen=True, slots=True)
+class SimFleet:
+    """Nodes and the models on them. A model's replicas are called `MODEL#0`, `MODEL#1`, ... in order of the nodes.
+
+    `die_spread` is how much the dies' dynamic power differs (`die_factor`). `time_scale` slows the virtual GPUs as the
+    paced worker does: durations, not watts.
+    """
+
+    nodes: tuple[SimNode, ...]
+    models: tuple[SimModel, ...]
+    domains: tuple[Domain, ...] = ()
+    reserve_w: float = 0.0
+    die_spread: float = 0.03
+    time_scale: float = 1.0
+
+    def model(self, name: str) -> SimModel:
+        """The model of that name; `SimulationError` where there is none."""
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise SimulationError(f"no model {name!r} in the fleet; there are: {', '.join(m.name for m in self.models)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """Messages between manager and agents take `delay_s` and up to `jitter_s` more; a share `lost` never arrives.
+
+    A driver call takes `driver_s` (NVML: FACTS).
+    """
+
+    delay_s: float = 0.002
+    jitter_s: float = 0.002
+    lost: float = 0.0
+    driver_s: float = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class SimSetting:
+    """One run. `interval_s` is the spacing of the time series; energy and draw over budget are counted apart.
+
+    `seed` settles dies' order, routing, beats' phases and messages; the requests come from outside. `fail_safe_cap_w`
+    as in the fleet file (None: the lowest cap).
+    """
+
+    fleet: SimFleet
+    budget: Budget
+    policy: Policy
+    duration_s: float
+    seed: int = 0
+    interval_s: float = 0.5
+    messages: Messages = field(default_factory=Messages)
+    failures: tuple[Failure, ...] = ()
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    lease_s: float = 5.0
+    fail_safe_cap_w: float | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Requests:
+    """The requests of one model, (n,) each, by rising `arrival_s` from the start of the run."""
+
+    arrival_s: FloatArray
+    prompt_tokens: IntArray
+    output_tokens: IntArray
+
+    def __post_init__(self) -> None:
+        if not len(self.arrival_s) == len(self.prompt_tokens) == len(self.output_tokens):
+            raise SimulationError("requests need as many prompt and output lengths as arrivals")
+        if np.any(np.diff(self.arrival_s) < 0) or np.any(self.arrival_s < 0):
+            raise SimulationError("arrivals must not be negative, and sorted by time")
+        if np.any(self.prompt_tokens < 1) or np.any(self.output_tokens < 1):
+            raise SimulationError("every request has at least one prompt token and one output token")
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+
+#: Requests by model name.
+Offered = Mapping[str, Requests]

@@ -1,0 +1,164 @@
+"""vLLM's own scheduler class under our limit, two `schedule()` calls in flight as on GPUs (the CPU never has two)."""
+
+import time
+
+import pytest
+import torch
+from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from pals_ray.engine.block import BLOCK_VARIABLE, BlockError, ControlBlock
+from pals_ray.engine.scheduler import PowerAwareScheduler
+from pals_ray.engine.tiny_models import make_tiny_model
+
+MAX_BATCH = 8
+BLOCK_TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tmp_path_factory):
+    model = make_tiny_model("tiny-dense", tmp_path_factory.mktemp("models"))
+    config = VllmConfig(
+        model_config=ModelConfig(model=str(model), dtype="bfloat16", max_model_len=256),
+        cache_config=CacheConfig(block_size=BLOCK_TOKENS, enable_prefix_caching=False),
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=MAX_BATCH,
+            max_num_batched_tokens=512,
+            max_model_len=256,
+            is_encoder_decoder=False,
+            async_scheduling=True,
+        ),
+        device_config=DeviceConfig("cpu"),
+    )
+    config.cache_config.num_gpu_blocks = 1000
+    return config
+
+
+@pytest.fixture
+def block(tmp_path, monkeypatch):
+    block = ControlBlock.create(tmp_path / "block")
+    monkeypatch.setenv(BLOCK_VARIABLE, str(block.path))
+    return block
+
+
+def make_scheduler(vllm_config, scheduler_class=PowerAwareScheduler):
+    spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
+    return scheduler_class(
+        vllm_config=vllm_config,
+        kv_cache_config=KVCacheConfig(
+            num_blocks=1000, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+        ),
+        structured_output_manager=StructuredOutputManager(vllm_config),
+        block_size=BLOCK_TOKENS,
+        log_stats=True,
+    )
+
+
+@pytest.fixture
+def scheduler(vllm_config, block):
+    return make_scheduler(vllm_config)
+
+
+def add_requests(scheduler, count, max_tokens=6):
+    init_none_hash(hash)
+    hasher = get_request_block_hasher(BLOCK_TOKENS, hash)
+    for i in range(count):
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        scheduler.add_request(
+            Request(f"r{len(scheduler.requests)}-{i}", [1, 2, 3, 4], params, None, block_hasher=hasher)
+        )
+
+
+def finish_step(scheduler, output):
+    """Hand the step's sampled tokens back, as EngineCore does."""
+    ids = list(output.num_scheduled_tokens)
+    sampled = ModelRunnerOutput(
+        req_ids=ids, req_id_to_index={r: i for i, r in enumerate(ids)}, sampled_token_ids=[[7] for _ in ids]
+    )
+    scheduler.update_from_output(output, sampled)
+
+
+def run_two_in_flight(scheduler, deadline_s=20.0):
+    """Keep two scheduled steps in flight until nothing is left; yields what runs after each `schedule()`."""
+    in_flight, until = [], time.monotonic() + deadline_s
+    while scheduler.has_unfinished_requests() or in_flight:
+        assert time.monotonic() < until, "requests are left"
+        output = scheduler.schedule()
+        if output.total_num_scheduled_tokens:
+            in_flight.append(output)
+        yield len(scheduler.running)
+        if len(in_flight) == 2 or not output.total_num_scheduled_tokens:
+            finish_step(scheduler, in_flight.pop(0))
+
+
+def test_two_steps_in_flight_survive_a_limit_lowered_between_them(scheduler, block):
+    add_requests(scheduler, 12)
+    first = scheduler.schedule()
+    block.order_batch_limit(2)
+    second = scheduler.schedule()
+    assert len(first.num_scheduled_tokens) == len(second.num_scheduled_tokens) == MAX_BATCH
+    reading = block.scheduler()
+    assert (reading.running, reading.waiting, reading.limit_in_force) == (MAX_BATCH, 4, 2)
+    finish_step(scheduler, first)
+    finish_step(scheduler, second)
+    assert not [r for r in scheduler.requests.values() if r.status == RequestStatus.PREEMPTED]
+
+
+def test_running_requests_drain_to_a_lower_limit_and_all_finish(scheduler, block):
+    add_requests(scheduler, 20)
+    running = []
+    for count in run_two_in_flight(scheduler):
+        running.append(count)
+        if len(running) == 3:
+            block.order_batch_limit(2)
+    assert max(running[:3]) == MAX_BATCH
+    first_drained = running.index(2)
+    assert all(count <= 2 for count in running[first_drained:])
+    assert not scheduler.requests
+
+
+def test_a_raised_limit_admits_what_waits_but_never_above_the_start_value(scheduler, block):
+    block.order_batch_limit(2)
+    add_requests(scheduler, 20)
+    running = []
+    for count in run_two_in_flight(scheduler):
+        running.append(count)
+        if len(running) == 3:
+            assert set(running) == {2}
+            block.order_batch_limit(1000)
+    assert max(running) == MAX_BATCH
+    assert not scheduler.requests
+
+
+def test_without_an_order_it_schedules_what_vllms_own_does(vllm_config, block):
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    ours, theirs = make_scheduler(vllm_config), make_scheduler(vllm_config, AsyncScheduler)
+    steps = []
+    for scheduler in (ours, theirs):
+        add_requests(scheduler, 20)
+        steps.append(list(run_two_in_flight(scheduler)))
+    assert steps[0] == steps[1]
+
+
+def test_a_newer_vllms_admission_limit_is_used_where_there_is_one(vllm_config, block):
+    class NewerScheduler(PowerAwareScheduler):
+        """Has the attribute of vLLM 0.31 and later before our constructor looks."""
+
+        max_num_active_reqs = MAX_BATCH
+
+    scheduler = make_scheduler(vllm_config, NewerScheduler)
+    block.order_batch_limit(3)
+    scheduler.schedule()
+    assert (scheduler.max_num_active_reqs, scheduler.max_num_running_reqs) == (3, MAX_BATCH)
+
+
+def test_a_scheduler_without_a_block_says_what_is_missing(vllm_config, monkeypatch):
+    monkeypatch.delenv(BLOCK_VARIABLE, raising=False)
+    with pytest.raises(BlockError, match=BLOCK_VARIABLE):
+        make_scheduler(vllm_config)

@@ -1,0 +1,225 @@
+"""Test hosts on this machine: namespaces joined by a bridge, each with an address, an sshd and processes of its own.
+
+A host has its own network, process table, host name, home and /tmp; disk and /dev/shm it shares with the others. Its
+first process is an sshd: when that is killed, the kernel kills everything else on the host with it, as a power cut
+would. Whoever holds the network sees to it that nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from tests.hosts import slow_link
+from tests.hosts.slow_link import die_with_parent
+from tests.support.fleets import wait_for
+
+SUBNET = "10.77.0"
+BRIDGE = "pals-bridge"
+SSHD = Path("/usr/sbin/sshd")
+
+_SSHD_CONFIG = """\
+HostKey {folder}/host_key
+AuthorizedKeysFile {authorized}
+StrictModes no
+UsePAM no
+PermitRootLogin yes
+PidFile none
+Subsystem sftp internal-sftp
+SetEnv PYTHONPATH={home}/pals-ray {environment}
+"""
+_INIT = """\
+set -e
+mount --make-rprivate /
+mount --bind {folder}/tmp /tmp
+mount --bind {folder}/passwd /etc/passwd
+mount --bind {folder}/hosts /etc/hosts
+mount --bind /dev/null /etc/resolv.conf
+hostname {name}
+mkdir -p /run/sshd
+exec {sshd} -D -e -f {folder}/sshd_config
+"""
+
+
+def missing() -> str | None:
+    """What this machine lacks to make hosts, None where it lacks nothing."""
+    if os.geteuid() != 0:
+        return "test hosts need root, for network namespaces"
+    tools = [tool for tool in ("ip", "rsync", "ssh", "unshare") if shutil.which(tool) is None]
+    if not SSHD.exists():
+        tools.append("sshd")
+    if tools:
+        return f"test hosts need {', '.join(tools)}: apt-get install openssh-server iproute2 rsync"
+    probe = subprocess.run(["unshare", "--net", "--pid", "--mount", "--fork", "true"], capture_output=True, text=True)
+    return None if probe.returncode == 0 else f"test hosts need namespaces: {probe.stderr.strip()}"
+
+
+@dataclass
+class Host:
+    """One host: its address, and its home and log as this machine sees them."""
+
+    name: str
+    address: str
+    folder: Path
+    key: Path
+    process: subprocess.Popen[bytes] | None = None
+    _relay: slow_link.SlowLink | None = field(default=None, repr=False)
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "home"
+
+    @property
+    def _port(self) -> str:
+        return f"port-{self.name}"
+
+    def boot(self) -> None:
+        """Power on: sshd as the first process. Home and disk are as they were left."""
+        self.heal()
+        enter = ["ip", "netns", "exec", self.name]
+        isolate = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*enter, *isolate, "/bin/sh", str(self.folder / "init")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        wait_for(lambda: self.run("true", check=False).returncode == 0, 20, f"{self.name} does not boot")
+
+    def power_off(self) -> None:
+        """Every process of the host at once, and no answer from there any more."""
+        self.cut()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def run(self, command: str, *, check: bool = True, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a command in a login shell of the host; its output and return code."""
+        options = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
+        done = subprocess.run(
+            ["ssh", *options, "-o", "ConnectTimeout=10", "-i", str(self.key), f"root@{self.address}", command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        assert not check or done.returncode == 0, f"{self.name}: {command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+        return done
+
+    def cut(self) -> None:
+        """Cut the host's link: frames vanish, and neither end is told."""
+        _ip("link", "set", self._port, "nomaster")
+
+    def heal(self) -> None:
+        """Mend a link that was cut or slowed."""
+        if self._relay is not None:
+            self._relay.close()
+            self._relay = None
+        _ip("link", "set", self._port, "master", BRIDGE)
+
+    def slow(self, delay_s: float, loss: float) -> None:
+        """Delay each frame by `delay_s` in each direction, and lose this share of them."""
+        self._relay = slow_link.SlowLink(self._port, BRIDGE, self.name, delay_s, loss)
+
+
+class Network:
+    """N hosts on one bridge, with this machine at `.1`. A context manager: at its end nothing is left of them."""
+
+    def __init__(self, *names: str, environment: dict[str, str] | None = None) -> None:
+        """`environment` is what every command on a host finds set."""
+        self.folder = Path(tempfile.mkdtemp(prefix="pals-hosts-", dir="/var/tmp"))
+        self.key = self.folder / "key"
+        self.hosts = [
+            Host(f"pals-{name}", f"{SUBNET}.{number}", self.folder / name, self.key)
+            for number, name in enumerate(names, 2)
+        ]
+        self._environment = " ".join(f"{name}={value}" for name, value in (environment or {}).items())
+
+    def __enter__(self) -> Network:
+        try:
+            self._make()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+    def _make(self) -> None:
+        self._unlink()  # of a run that was killed: its processes died with it, its links did not
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key)], check=True)
+        _ip("link", "add", BRIDGE, "type", "bridge")
+        _ip("address", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
+        _ip("link", "set", BRIDGE, "up")
+        for host in self.hosts:
+            self._furnish(host)
+            self._connect(host)
+            host.boot()
+
+    def _furnish(self, host: Host) -> None:
+        """The host's own part of the disk: home, /tmp, keys, and an environment that is installed already."""
+        (host.home / "pals-ray").mkdir(parents=True)
+        (host.folder / "tmp").mkdir(mode=0o1777)
+        (host.home / ".bashrc").touch()
+        (host.home / "pals-ray" / ".venv").symlink_to(sys.prefix)
+        users = Path("/etc/passwd").read_text().splitlines(keepends=True)
+        root = f"root:x:0:0:root:{host.home}:/bin/bash\n"
+        (host.folder / "passwd").write_text(root + "".join(u for u in users if not u.startswith("root:")))
+        # Nobody answers questions for names here: whoever had to ask would wait for it.
+        names = "".join(f"{other.address} {other.name}\n" for other in self.hosts)
+        (host.folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(host.folder / "host_key")], check=True)
+        config = _SSHD_CONFIG.format(
+            folder=host.folder,
+            home=host.home,
+            authorized=self.key.with_suffix(".pub"),
+            environment=self._environment,
+        )
+        (host.folder / "sshd_config").write_text(config)
+        (host.folder / "init").write_text(_INIT.format(folder=host.folder, name=host.name, sshd=SSHD))
+
+    def _connect(self, host: Host) -> None:
+        """A veth pair: one end in the host, the other a port of the bridge."""
+        _ip("netns", "add", host.name)
+        _ip("link", "add", host._port, "type", "veth", "peer", "name", "eth0", "netns", host.name)
+        _ip("link", "set", host._port, "up")
+        inside = ("-n", host.name)
+        _ip(*inside, "link", "set", "lo", "up")
+        _ip(*inside, "address", "add", f"{host.address}/24", "dev", "eth0")
+        _ip(*inside, "link", "set", "eth0", "up")
+        # Ray asks the routing table for its own address; nothing is forwarded.
+        _ip(*inside, "route", "add", "default", "via", f"{SUBNET}.1")
+
+    def close(self) -> None:
+        """Kill every process of every host, and remove links and folders."""
+        for host in self.hosts:
+            if host._relay is not None:
+                host._relay.close()
+            if host.process is not None:
+                host.process.kill()
+                host.process.wait()
+        self._unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _unlink(self) -> None:
+        for host in self.hosts:
+            with suppress(subprocess.CalledProcessError):
+                _ip("netns", "delete", host.name)
+        for link in (BRIDGE, *(host._port for host in self.hosts)):
+            with suppress(subprocess.CalledProcessError):
+                _ip("link", "delete", link)
+
+
+def _ip(*args: str) -> None:
+    subprocess.run(["ip", *args], check=True, capture_output=True)

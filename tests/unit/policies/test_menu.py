@@ -1,0 +1,118 @@
+"""A replica's menu: what each more watt is worth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pals_ray.control.menu import HEADROOM, replica_menu, surface
+from pals_ray.control.snapshot import Overhead
+from pals_ray.types import ReplicaTelemetry, Target
+
+
+@pytest.fixture(scope="module")
+def on(stub_model):
+    return surface(stub_model(), 100, 400, 64)
+
+
+def best(menu):
+    return int(menu.value.argmax())
+
+
+def test_the_best_point_serves_the_demand_at_the_batch_it_implies_with_the_least_watts(on, stub_model, make_replica):
+    menu = replica_menu(make_replica(demand=100), on, None)
+    k = best(menu)
+    assert menu.wanted_tokens_per_s == 100
+    assert menu.share[k] == pytest.approx(1.0)
+    assert menu.share[k - 1] < 1.0
+    smaller = on.batch[np.searchsorted(on.batch, menu.batch_limit[k]) - 1]
+    capacity = stub_model().predict(menu.cap_w[k], [smaller, menu.batch_limit[k]]).throughput_tokens_per_s
+    assert capacity[0] < 100 <= capacity[1]
+
+
+def test_points_rise_by_whole_watts_from_the_least_charge(on, make_replica):
+    overhead = Overhead(a_w=80, b=0.07)
+    least_w, most_w = (overhead.charge_w(w, 1, 8) for w in (100, 400))
+    replica = make_replica(demand=100, overhead=overhead, least_charge_w=least_w, most_charge_w=most_w)
+    menu = replica_menu(replica, on, None)
+    assert menu.extra_w[0] == 0
+    assert (np.diff(menu.extra_w) >= 0).all()
+    assert (menu.extra_w == np.round(menu.extra_w)).all()
+    # A charge pays for the cap it is offered with.
+    assert (overhead.gpu_w(least_w + menu.extra_w, 1, 8) >= menu.cap_w - 1e-6).all()
+
+
+def test_no_point_is_above_the_natural_draw_and_headroom(on, make_replica):
+    menu = replica_menu(make_replica(demand=100, natural_draw_w=150), on, None)
+    assert menu.extra_w[-1] <= 150 * (1 + HEADROOM) - 100
+    assert replica_menu(make_replica(demand=100, natural_draw_w=220), on, None).most_extra_w == 142
+
+
+def test_a_replica_held_at_its_grant_is_offered_one_step_more(on, make_replica):
+    held = ReplicaTelemetry(binding_share=1.0)
+    replica = make_replica(demand=10, natural_draw_w=100, grant_w=200, telemetry=held)
+    assert replica_menu(replica, on, None).most_extra_w == 115
+
+
+def test_without_demand_the_least_is_worth_the_most(on, make_replica):
+    menu = replica_menu(make_replica(demand=0.0), on, None)
+    assert best(menu) == 0
+    assert menu.share[0] == 1.0
+
+
+def test_a_queue_is_wanted_served_above_its_arrivals(on, make_replica):
+    queue = ReplicaTelemetry(running=16, waiting=32)
+    calm = replica_menu(make_replica(demand=100), on, None)
+    queued = replica_menu(make_replica(demand=100, telemetry=queue), on, None)
+    assert queued.wanted_tokens_per_s == pytest.approx(10 * 48 / (1 + 48 / 32), rel=0.1)
+    assert queued.cap_w[best(queued)] > calm.cap_w[best(calm)]
+
+
+def test_a_target_below_the_demand_is_enough(on, make_replica):
+    menu = replica_menu(make_replica(demand=150), on, 60.0)
+    assert menu.wanted_tokens_per_s == 60
+    assert menu.cap_w[best(menu)] < 130
+
+
+def test_a_smaller_batch_is_taken_where_the_latency_limit_asks_for_it(on, make_replica):
+    limited = make_replica(demand=200, target=Target(itl_p99_s=0.15))
+    menu = replica_menu(limited, on, None)
+    k = best(menu)
+    itl_s = (1 + menu.batch_limit[k] / 32) / 10
+    assert itl_s <= 0.15 < (1 + 64 / 32) / 10
+    assert menu.share[k] < 1.0
+
+
+def test_a_pinned_batch_limit_is_used_as_the_demand_makes_it(on, make_replica):
+    limited = make_replica(demand=200, target=Target(itl_p99_s=0.15))
+    pinned = replica_menu(limited, on, None, pin_batch_limit=64)
+    assert pinned.batch_limit[best(pinned)] > 32
+    assert pinned.value.max() < replica_menu(limited, on, None).value.max()
+    assert replica_menu(make_replica(demand=50), on, None, pin_batch_limit=64).batch_limit[-1] < 10
+
+
+def test_a_point_that_misses_a_limit_is_worth_less_than_the_best_that_does_not(on, make_replica):
+    menu = replica_menu(make_replica(demand=200, target=Target(ttft_p99_s=0.1)), on, None)
+    late = menu.cap_w < 199
+    assert menu.share[late].max() < menu.share[~late].max()
+    assert (np.diff(menu.share[late]) > 0).all()
+
+
+def test_with_demand_the_floor_holds_the_minimum_share_and_the_ttft_limit(on, make_replica):
+    share = replica_menu(make_replica(demand=200, target=Target(min_share=0.6)), on, None)
+    assert share.share[share.floor] >= 0.6 > share.share[share.floor - 1]
+    ttft = replica_menu(make_replica(demand=200, target=Target(ttft_p99_s=0.1)), on, None)
+    assert ttft.cap_w[ttft.floor] == pytest.approx(200, abs=3.01)
+    assert replica_menu(make_replica(demand=0.0, target=Target(ttft_p99_s=0.1)), on, None).floor == 0
+
+
+def test_the_burst_floor_holds_without_demand(on, make_replica):
+    menu = replica_menu(make_replica(demand=0.0, target=Target(burst_floor_w=250)), on, None)
+    assert menu.extra_w[menu.floor] >= 147  # the last cap of the grid that a most grant of 250 W pays for
+    assert menu.most_extra_w == 150
+
+
+def test_a_parked_replica_offers_its_least_charge_only(on, make_replica):
+    menu = replica_menu(make_replica(demand=100, parked=True), on, None)
+    assert (menu.extra_w == 0).all()
+    assert menu.floor == 0

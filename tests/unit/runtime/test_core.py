@@ -1,0 +1,168 @@
+"""The manager's inner workings beside agents' real hands on virtual GPUs; only Ray between them is left out."""
+
+import asyncio
+import time
+import uuid
+from dataclasses import replace
+
+import pytest
+
+from pals_ray.config import parse_fleet_config
+from pals_ray.control.budget_mover import ScheduledBudget
+from pals_ray.control.orders import Hello
+from pals_ray.control.pilot import Pilot
+from pals_ray.control.schedule import Entry
+from pals_ray.control.telemetry import TelemetryWindow
+from pals_ray.gpus.virtual import VirtualDriver
+from pals_ray.gpus.virtual_block import remove_block
+from pals_ray.processes import ProcessId
+from pals_ray.runtime.budgeting import BudgetDesk
+from pals_ray.runtime.core import FleetCore
+from pals_ray.runtime.devices import Devices
+from pals_ray.runtime.hands import Hands
+from pals_ray.runtime.hardware import HardwareSpec
+from pals_ray.runtime.messages import AgentSpec, Beat, Registration
+from pals_ray.runtime.storage import storage_file
+from pals_ray.types import ReplicaTelemetry
+from tests.support.fleets import wait_for
+
+
+class Remote:
+    """A method as Ray offers it."""
+
+    def __init__(self, method):
+        self.method = method
+
+    def remote(self, *args):
+        return asyncio.ensure_future(self.method(*args))
+
+
+class Agent:
+    """An agent's words and hands, without an actor around them."""
+
+    def __init__(self, name, key, uuids):
+        self.name, self.uuids = name, uuids
+        self.devices = Devices(VirtualDriver.attach(key))
+        self.hands = Hands(name, self.devices, Pilot(len(uuids)), TelemetryWindow())
+        hardware = HardwareSpec("virtual")
+        self.spec = AgentSpec(name, "m", len(uuids), "node", key, (), ProcessId(1, 1), "/x", hardware, "/s")
+        self.apply, self.park = Remote(self._apply), Remote(self._park)
+
+    async def _apply(self, grant):
+        await self.hands.take_grant(grant)
+        return await self.hands.report()
+
+    async def _park(self, order):
+        await self.hands.take_park(order)
+        return await self.hands.report()
+
+    async def join(self, core):
+        while not self.hands.session:
+            found = await self.devices.inventory()
+            self.hands.managed = {gpu.info.uuid: replace(gpu, may_set=True) for gpu in found}
+            ceiling_w, hands = await self.hands.ceiling_now_w(), self.hands
+            hello = Hello(self.name, "node", len(self.uuids), hands.fence_epoch, hands.limits_w, ceiling_w)
+            answer = core.register(Registration(self.spec, hello, tuple(hands.managed.values()), ()), self, None)
+            hands.begin_session()
+            await hands.obey(answer)
+
+    async def claim(self, core):
+        await self.hands.take_hold(self.uuids, 32, None)
+        self.spec = replace(self.spec, gpus=tuple(self.uuids), max_batch=32)
+        await self.hands.obey(core.claim(self.spec, self.hands.session, self.hands.limits_w))
+
+    async def tell(self, core):
+        beat = Beat(await self.hands.report(), ReplicaTelemetry(), {}, 0.0, None, None, "", None, {})
+        await self.hands.obey(core.hear(beat))
+        await self.join(core)
+
+
+@pytest.fixture
+def gpus():
+    key = f"test-{uuid.uuid4().hex[:12]}"
+    yield VirtualDriver.open(key, "A100-SXM", 4).gpus()
+    remove_block(key)
+
+
+@pytest.fixture
+async def agents(gpus):
+    key = gpus[0].uuid.removeprefix("GPU-virtual-").removesuffix("-0")
+    made = [Agent("a", key, [gpus[0].uuid]), Agent("b", key, [gpu.uuid for gpu in gpus[1:3]])]
+    yield made
+    for agent in made:
+        agent.devices.close()
+
+
+def deploy(folder, budget_w=900.0, **more):
+    core = FleetCore(str(folder), "session", lambda: None)
+    model = {"llm_config": {"model_loading_config": {"model_id": "m"}}}
+    content = {"budget_w": budget_w, "policy": "policies.uniform:allocate", "models": [model], **more}
+    core.reconfigure(parse_fleet_config(content, "a test"))
+    core.state = replace(core.state, config=content)
+    core.save()
+    return core
+
+
+async def beats(core, agents, limits_w, gpus):
+    """Beats until these limits are in force."""
+    async with asyncio.timeout(10):
+        while [gpu.limit_w() for gpu in gpus] != pytest.approx(limits_w, abs=0.01):
+            for agent in agents:
+                await agent.tell(core)
+            core.make_way()
+            core.divide()
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def core(tmp_path, agents, gpus):
+    made = deploy(tmp_path)
+    for agent in agents:
+        await agent.join(made)
+        await agent.claim(made)
+    await beats(made, agents, [266.666] * 3 + [100], gpus)
+    return made
+
+
+async def test_parked_claimed_and_raised_the_fleet_keeps_the_budget(core, agents, gpus):
+    core.send(core.ledger.set_budget(500.0, 0.0))
+    await beats(core, agents, [133.333] * 3 + [100], gpus)
+    assert core.ledger.reserved_w() <= 500.0
+
+
+async def test_a_manager_that_lost_its_file_has_a_larger_epoch_and_takes_the_agents_over(core, agents, gpus, tmp_path):
+    storage_file(str(tmp_path)).unlink()
+    await asyncio.sleep(1.1)  # within one second two managers could have the same epoch
+    newer = deploy(tmp_path, 600.0)
+    assert newer.state.epoch > core.state.epoch
+    await beats(newer, agents, [166.666] * 3 + [100], gpus)
+
+
+async def test_what_is_on_disk_is_taken_up_with_the_next_epoch(core, agents, gpus, tmp_path):
+    newer = FleetCore(str(tmp_path), "session", lambda: None)
+    assert newer.state.epoch == core.state.epoch + 1
+    newer.restore(parse_fleet_config(dict(newer.state.config), "the disk"))
+    await beats(newer, agents, [266.666] * 3 + [100], gpus)
+    assert set(newer.roster.specs) == {"a", "b"}
+
+
+async def test_targets_reach_the_agents_with_their_part_of_the_tokens(core, agents):
+    core.change_target("m", {"throughput_tokens_per_s": 100.0, "priority": 2})
+    core.divide()
+    for agent in agents:
+        await agent.tell(core)
+        assert (agent.hands._pilot.target.throughput_tokens_per_s, agent.hands._pilot.target.priority) == (50.0, 2)
+    assert core.state.targets["m"].priority == 2
+
+
+def test_a_schedules_change_while_the_fleet_stops_does_not_keep_the_manager_busy(tmp_path):
+    core = deploy(tmp_path)
+    change_s = time.time() + 0.05
+    core.state = replace(core.state, plan=ScheduledBudget((Entry(change_s, change_s + 60, 800.0),)))
+    desk = BudgetDesk(core)
+    desk.restore()
+    assert desk.wait_s(1.0) < 0.1
+    wait_for(lambda: time.time() > change_s, 1, "time stands still", 0.01)
+    assert desk.wait_s(1.0) == 0.0
+    core.stopping = True
+    assert desk.wait_s(1.0) == 1.0

@@ -1,0 +1,175 @@
+"""The figures of an evaluation, on runs small enough to work out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from pals_ray.control.follow import Following
+from pals_ray.control.qos import QosState, Verdict
+from pals_ray.control.regulation import synthetic_signal
+from pals_ray.simulation.figures import (
+    counts_as_gain,
+    estimate,
+    figures,
+    gain,
+    good_tokens,
+    means,
+    model_figures,
+    regulation_figures,
+    violations_by_priority,
+)
+from pals_ray.simulation.result import (
+    FINE_EDGES_S,
+    Cut,
+    ModelResult,
+    QosInterval,
+    ReplicaResult,
+    RequestOutcomes,
+    RunResult,
+)
+from pals_ray.types import Target
+
+NAN = math.nan
+
+
+def a_model(name, target=None, intervals=10, violations=0, itl_s=0.02):
+    """Four requests: one in time, one late to start, one slow in between, one that never began; 10 s in all."""
+    requests = RequestOutcomes(
+        arrival_s=np.array([0.0, 0.0, 1.0, 6.0]),
+        prompt_tokens=np.full(4, 100),
+        output_tokens=np.array([11, 11, 11, 50]),
+        first_token_s=np.array([0.5, 3.0, 1.5, NAN]),
+        finish_s=np.array([0.7, 3.2, 6.5, NAN]),
+        tokens=np.array([11, 11, 11, 0]),
+        replica=np.zeros(4, int),
+    )
+    counts = np.zeros(len(FINE_EDGES_S) + 1, int)
+    counts[np.searchsorted(FINE_EDGES_S, itl_s)] = 30
+    verdicts = [Verdict(False, i < violations, False, "") for i in range(intervals)]
+    judged = tuple(QosInterval(5.0 * (i + 1), verdict) for i, verdict in enumerate(verdicts))
+    return ModelResult(name, target or Target(), requests, counts, QosState(), judged)
+
+
+def a_run(models, *, node_power_w=None, energy_j=2000.0, node_energy_j=2500.0, tokens=33, cuts=(), duration_s=10.0):
+    steps = int(duration_s / 0.5)
+    zeros = np.zeros(steps, np.float32)
+    replica = ReplicaResult(
+        "m#0", "m", "node-1", 1, energy_j, 5.0, tokens, 400, 0, 6, 3, 1, zeros, zeros, zeros, zeros, zeros,
+        np.full(steps, tokens / duration_s), np.full(steps, 0.25, np.float32),
+    )  # fmt: skip
+    node_power_w = np.full(steps, node_energy_j / duration_s) if node_power_w is None else node_power_w
+    return RunResult(
+        duration_s=duration_s,
+        models={m.name: m for m in models},
+        replicas=(replica,),
+        time_s=0.5 * (1 + np.arange(steps)),
+        budget_w=np.full(steps, 300.0),
+        charge_w=np.full(steps, 300.0),
+        power_w=np.full(steps, energy_j / duration_s),
+        node_power_w=node_power_w,
+        target_w=None,
+        energy_j=energy_j,
+        node_energy_j=node_energy_j,
+        tokens=tokens,
+        meter_s=0.1,
+        over_budget_s=0.0,
+        over_budget_max_w=0.0,
+        charge_over_s=0.0,
+        stranded_w=50.0,
+        cuts=cuts,
+        grants=0,
+        divisions=0,
+    )
+
+
+def test_tokens_per_joule_at_both_boundaries():
+    found = figures(a_run([a_model("m")]))
+    assert found.tokens_per_joule == pytest.approx(33 / 2500)
+    assert found.tokens_per_joule_gpu == pytest.approx(33 / 2000)
+    assert found.power_w == 250
+    assert found.tokens_per_s == pytest.approx(3.3)
+
+
+def test_what_came_before_the_warm_up_ended_does_not_count():
+    run = a_run([a_model("m", intervals=4, violations=2)])
+    found = figures(run, 5.0)
+    assert found.tokens_per_joule == pytest.approx(33 / 2500)
+    assert found.tokens_per_s == pytest.approx(3.3)
+    assert found.ttft_p50_s == 4.0
+    assert found.violation_rate == pytest.approx(1 / 3)
+    assert good_tokens(run.models["m"], 10.0, 0.5) == 11
+
+
+def test_goodput_counts_requests_within_both_limits():
+    assert good_tokens(a_model("m"), 10.0) == 33
+    assert good_tokens(a_model("m", Target(ttft_p99_s=1.0)), 10.0) == 22
+    assert good_tokens(a_model("m", Target(itl_p99_s=0.1)), 10.0) == 22
+    assert good_tokens(a_model("m", Target(ttft_p99_s=1.0, itl_p99_s=0.1)), 10.0) == 11
+
+
+def test_a_request_that_never_began_counts_with_its_wait():
+    found = figures(a_run([a_model("m")]))
+    assert found.ttft_p99_s == pytest.approx(np.quantile([0.5, 3.0, 0.5, 4.0], 0.99))
+
+
+def test_violations_are_over_all_intervals_and_by_class():
+    fast, slow = a_model("a", Target(priority=0), 10, 1), a_model("b", Target(priority=2), 30, 9)
+    found = a_run([fast, slow])
+    assert figures(found).violation_rate == pytest.approx(10 / 40)
+    assert violations_by_priority(found) == {0: pytest.approx(0.1), 2: pytest.approx(0.3)}
+    assert model_figures(found)["b"].violation_rate == pytest.approx(0.3)
+    assert figures(a_run([a_model("a", intervals=0)])).violation_rate is None
+
+
+def test_latencies_are_pooled_over_models():
+    found = figures(a_run([a_model("a", itl_s=0.02), a_model("b", itl_s=0.08)]))
+    assert found.itl_p50_s == pytest.approx(0.02, rel=0.02)
+    assert found.itl_p99_s == pytest.approx(0.08, rel=0.02)
+
+
+def test_changes_are_per_replica_and_minute():
+    found = figures(a_run([a_model("m")]))
+    assert found.decisions_per_min == pytest.approx(36)
+    assert found.cap_changes_per_min == pytest.approx(18)
+    assert found.binding_share == pytest.approx(0.25)
+
+
+def test_a_cut_that_never_settles_counts_to_the_end():
+    cuts = (Cut(2.0, 300, 200, 0.3, 40.0), Cut(7.0, 200, 100, None, 10.0))
+    found = figures(a_run([a_model("m")], cuts=cuts))
+    assert found.settle_s == 3.0
+    assert found.settle_over_w == 40.0
+    assert figures(a_run([a_model("m")])).settle_s is None
+
+
+def test_a_draw_equal_to_the_signal_is_followed_without_error():
+    signal, following = synthetic_signal(1200.0, 3, every_s=10.0), Following(800.0, 150.0, 1000.0)
+    power_w = np.repeat(following.base_w + following.range_w * signal.value, 20)
+    run = a_run([a_model("m")], node_power_w=power_w, duration_s=1200.0)
+    tracking, aqa, pjm, precision = regulation_figures(run, following, signal)
+    assert (tracking, aqa) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
+    # PJM compares with the draw 10 s later, so going with the signal itself is not the best score.
+    assert 0.8 < pjm < 1
+    assert 0 < precision < 1
+    off, *_ = regulation_figures(
+        a_run([a_model("m")], node_power_w=power_w * 1.02, duration_s=1200.0), following, signal
+    )
+    assert off == pytest.approx(0.02)
+
+
+def test_a_gain_counts_at_one_percent_or_at_statics_own_rate():
+    assert counts_as_gain(0.01, 0.0, 0.01)
+    assert not counts_as_gain(0.011, 0.0, 0.01)
+    assert counts_as_gain(0.03, 0.03, 0.01)
+    assert gain(1.3, 1.0) == pytest.approx(0.3)
+
+
+def test_an_interval_over_seeds_is_students():
+    found = estimate([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.half_width == pytest.approx(4.303 * 1 / math.sqrt(3), rel=1e-3)
+    assert estimate([5.0]).half_width is None
+    assert means([{"a": 1.0, "b": None}, {"a": 2.0, "b": 3.0}]) == {"a": 1.5, "b": None}
