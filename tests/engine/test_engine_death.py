@@ -62,6 +62,7 @@ def orphaned(tmp_path):
 def test_an_engine_whose_parent_is_killed_goes_within_seconds_and_its_block_is_swept(orphaned):
     key, path, processes = orphaned
     wait_until(lambda: live_engines(key) == [], 3, "EngineCore's end")
-    wait_until(lambda: not any(process.is_running() for process in processes), 5, "its workers' end")
+    # vLLM's workers see it by a pipe; one that sleeps in its queue may look up only every 5 s.
+    wait_until(lambda: not any(process.is_running() for process in processes), 12, "its workers' end")
     assert sweep(key) == [path]
     assert not path.exists()
