@@ -250,11 +250,11 @@ def test_the_figures_are_exported_as_metrics_with_their_units(serve, env):
 
 
 def test_agents_and_manager_are_light(serve):
-    for name in ("PowerAgent", "GlobalPowerManager"):
+    for name, most_mib in (("PowerAgent", 120), ("GlobalPowerManager", 140)):
         for process in fleets.actor_processes(name):
             unshared_mib = process.memory_full_info().uss / 2**20
             print(f"\n{process.name()}: {process.memory_info().rss / 2**20:.0f} MiB, {unshared_mib:.0f} unshared")
-            assert process.memory_info().rss / 2**20 < 120
+            assert process.memory_info().rss / 2**20 < most_mib
 
 
 def test_a_killed_profiler_leaves_no_hold_behind_and_the_next_goes_on_where_it_was(serve, env, scratch):
