@@ -142,10 +142,11 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Percentiles of a latency over a window, s; None where nothing completed."""
+    """Percentiles of a latency over a window, s; None where nothing completed. `recent_p99_s` is over the short one."""
 
     p50_s: float | None = None
     p99_s: float | None = None
+    recent_p99_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from pals_ray.control.controller_state import (
     Situation,
 )
 from pals_ray.control.feedback import with_feedback
-from pals_ray.control.graph_sizes import graph_sizes, snap
+from pals_ray.control.graph_sizes import snap
 from pals_ray.control.moves import heed_kv, move, paced_limit, with_hysteresis
 from pals_ray.control.points import EPS, ask_points, cap_axis_w, points
 from pals_ray.types import Expected, OperatingPoint, Target
@@ -58,16 +58,14 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig | N
     here = int(np.searchsorted(axis, min(max(present_w, axis[0]), seen.ceiling_w)))
     raw = ask_points(seen.model, axis, seen.max_batch)
     state, on, demand, wanted = with_feedback(state, seen, config, raw, here, dt_s)
-    guarded = _guarded(seen.target, config.guard) if demand > 0 else Target()
     found = points(
         on,
         demand,
         wanted,
-        guarded,
+        _inside(seen.target, config.inside) if demand > 0 else Target(),
         most_batch=float(state.kv_limit or seen.max_batch),
         pin_batch_limit=seen.pin_batch_limit,
         fall=config.fall,
-        shown=_shown(state, seen, config, here, len(axis) - 1),
         likely=demand * state.made_share,
         slowest_itl_s=_slowest_itl_s(seen, wanted, state.itl.factor),
         now_running=seen.telemetry.running,
@@ -119,36 +117,14 @@ def _at(state: ControllerState, seen: Situation, config: ControllerConfig) -> tu
     return replace(state, last_s=now_s, queue_since_s=since_s), dt_s
 
 
-def _guarded(target: Target, guard: float) -> Target:
+def _inside(target: Target, share: float) -> Target:
     """The limits to plan for: a little inside those of the target."""
     ttft_s, itl_s = target.ttft_p99_s, target.itl_p99_s
     return replace(
         target,
-        ttft_p99_s=None if ttft_s is None else guard * ttft_s,
-        itl_p99_s=None if itl_s is None else guard * itl_s,
+        ttft_p99_s=None if ttft_s is None else share * ttft_s,
+        itl_p99_s=None if itl_s is None else share * itl_s,
     )
-
-
-def _shown(
-    state: ControllerState, seen: Situation, config: ControllerConfig, here: int, last: int
-) -> tuple[int, float] | None:
-    """The cap index from which on the ITL is known to be well within its limit, and the batch limit to keep.
-
-    A model that is wrong about the tail must not shut out requests that could be served in time: they would wait, and
-    miss their TTFT. So the batch gives way to the ITL only where that is measured to be over its limit and no higher
-    cap is left. While some wait, the next size up is tried too.
-    """
-    limit_s, measured_s = seen.target.itl_p99_s, seen.telemetry.itl.p99_s
-    over = measured_s is not None and limit_s is not None and measured_s > limit_s and here == last
-    # After a cut of the ceiling what was measured before it says nothing: the model does.
-    cut = state.shed_s is not None and seen.now_s - state.shed_s < config.drain_s
-    if state.point is None or limit_s is None or over or cut:
-        return None
-    batch = state.point.batch_limit
-    if seen.telemetry.waiting > 0:
-        batch = next((size for size in graph_sizes(seen.max_batch) if size > batch), batch)
-    well = measured_s is not None and measured_s <= config.guard * limit_s
-    return here if well else last + 1, float(batch)
 
 
 def _slowest_itl_s(seen: Situation, wanted: float, factor: float) -> float:

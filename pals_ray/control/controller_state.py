@@ -27,14 +27,15 @@ class ControllerConfig:
     `natural` of it does not bind. A curve falls from `fall` on. Under `spare` of the batch limit there is capacity to
     spare. KV use above `kv_high` lowers the batch limit by `kv_step`, at most every `kv_hold_s`; below `kv_low` it
     rises again. After a cut of the ceiling the cap comes back once the batch has drained, or after `drain_s`.
-    `tail_window_s` is the telemetry's latency window, `tail_lag_s` smooths the latency feedback. No time step counts
-    for more than `most_step_s`.
+    Plans keep to `inside` of a latency limit (a bucket of the measured histograms is 10 % wide), for the highest tail
+    of the last one to two `tail_hold_s`, smoothed with `tail_lag_s`. No time step counts for more than `most_step_s`.
     """
 
     gains: Gains = field(default_factory=Gains)
     margin: float = 0.05
     hysteresis: float = 0.03
     guard: float = 0.9
+    inside: float = 0.97
     least_gain: float = 0.005
     least_saving: float = 0.01
     raise_dwell_s: float = 1.0
@@ -56,8 +57,8 @@ class ControllerConfig:
     kv_step: float = 0.1
     kv_hold_s: float = 20.0
     drain_s: float = 20.0
-    tail_window_s: float = 60.0
-    tail_lag_s: float = 10.0
+    tail_hold_s: float = 60.0
+    tail_lag_s: float = 3.0
     most_step_s: float = 2.0
 
 

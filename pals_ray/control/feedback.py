@@ -11,6 +11,7 @@ from pals_ray.control.latency_feedback import follow
 from pals_ray.control.menu import Surface, with_queue_tokens_per_s
 from pals_ray.control.pid import correct
 from pals_ray.control.points import corrected
+from pals_ray.control.telemetry import RATE_S
 from pals_ray.models.base import FloatArray
 
 
@@ -25,13 +26,13 @@ def with_feedback(
         return float(np.interp(telemetry.running, batch, values[here]))
 
     busy = telemetry.running > 0
-    tails = {"window_s": config.tail_window_s, "lag_s": config.tail_lag_s}
+    tails = {"window_s": RATE_S, "hold_s": config.tail_hold_s, "lag_s": config.tail_lag_s}
     # Held against what the point in force was chosen on: whatever is assumed too high in there cancels out.
     then = state.expected
     said_ttft_s = then.ttft_p99_s / (state.ttft.factor * seen.largest_prompt) if then else now(raw.ttft_p99_s)
     said_itl_s = then.itl_p99_s / state.itl.factor if then else now(raw.itl_p99_s)
-    ttft = follow(state.ttft, telemetry.ttft.p99_s, said_ttft_s if busy else None, dt_s, **tails)
-    itl = follow(state.itl, telemetry.itl.p99_s, said_itl_s if busy else None, dt_s, **tails)
+    ttft = follow(state.ttft, telemetry.ttft.recent_p99_s, said_ttft_s if busy else None, dt_s, **tails)
+    itl = follow(state.itl, telemetry.itl.recent_p99_s, said_itl_s if busy else None, dt_s, **tails)
 
     queue = state.queue_since_s is not None and seen.now_s - state.queue_since_s >= config.gains.persist_s
     point = state.point

@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 #: A tail is further off than a mean: a model of mean requests knows nothing of the longest prompts.
 _MOST_LOG = math.log(4.0)
 
 
 @dataclass(frozen=True, slots=True)
-class TailState:
-    """One latency's p99: what the model said, smoothed as the window smooths what is measured (log s; None before the
-    first), and the log of measured / predicted."""
+class Peak:
+    """The highest value of the last one to two holds: of the present one (`high`), which has lasted `held_s`, and of
+    the one before it; None where there was none. Of fixed size, unlike a window."""
 
-    said_log: float | None = None
+    high: float | None = None
+    before: float | None = None
+    held_s: float = 0.0
+
+    def after(self, value: float | None, dt_s: float, hold_s: float) -> Peak:
+        """Let `dt_s` pass; `value` is what is seen then, None where nothing is."""
+        high, before, held_s = self.high, self.before, self.held_s + dt_s
+        if held_s >= hold_s:
+            high, before, held_s = None, high, 0.0
+        if value is not None:
+            high = value if high is None else max(high, value)
+        return Peak(high, before, held_s)
+
+    @property
+    def value(self) -> float | None:
+        """The highest; None where there was none."""
+        known = [peak for peak in (self.high, self.before) if peak is not None]
+        return max(known) if known else None
+
+
+@dataclass(frozen=True, slots=True)
+class TailState:
+    """One latency's p99: what the model said of late and by how much it was exceeded (log s, log of measured /
+    predicted: the peaks of both), and the log of the factor in use."""
+
+    said: Peak = field(default_factory=Peak)
+    off: Peak = field(default_factory=Peak)
     log: float = 0.0
 
     @property
@@ -24,22 +50,26 @@ class TailState:
 
 
 def follow(
-    state: TailState, measured_s: float | None, predicted_s: float | None, dt_s: float, *, window_s: float, lag_s: float
+    state: TailState,
+    measured_s: float | None,
+    predicted_s: float | None,
+    dt_s: float,
+    *,
+    window_s: float,
+    hold_s: float,
+    lag_s: float,
 ) -> TailState:
-    """Let `dt_s` pass. `predicted_s` is for the point in force and the batch that runs; None while nothing runs.
+    """Let `dt_s` pass. `measured_s` is the p99 over the last `window_s`, `predicted_s` for the point in force and the
+    batch that runs; either is None while there is none.
 
-    A percentile over `window_s` answers to what held half a window ago, so the prediction is smoothed that much before
-    the two are compared: else each raise of the cap would look as if it had not helped, and call for the next.
+    Every short interval is to be within the limits, not their mean: what counts is the highest of the last one to two
+    `hold_s`. A percentile over `window_s` answers to the slowest part of it, so it is held against the highest that was
+    predicted meanwhile: else each raise of the cap would look as if it had not helped, and call for the next.
     """
-    said = state.said_log
-    if predicted_s is not None and predicted_s > 0.0:
-        new = math.log(predicted_s)
-        said = new if said is None else said + (new - said) * _share(dt_s, window_s / 2.0)
-    if measured_s is None or said is None or measured_s <= 0.0:
-        return TailState(said, state.log * math.exp(-dt_s / window_s))
-    off = min(max(math.log(measured_s) - said, -_MOST_LOG), _MOST_LOG)
-    return TailState(said, state.log + (off - state.log) * _share(dt_s, lag_s))
-
-
-def _share(dt_s: float, time_constant_s: float) -> float:
-    return 1.0 - math.exp(-dt_s / time_constant_s)
+    said = state.said.after(math.log(predicted_s) if predicted_s else None, dt_s, window_s)
+    ratio = None
+    if measured_s and said.value is not None:
+        ratio = min(max(math.log(measured_s) - said.value, -_MOST_LOG), _MOST_LOG)
+    off = state.off.after(ratio, dt_s, hold_s)
+    share = 1.0 if state.off.value is None else 1.0 - math.exp(-dt_s / lag_s)
+    return TailState(said, off, state.log + ((off.value or 0.0) - state.log) * share)

@@ -148,20 +148,22 @@ def replica_menu(
 def best_batch(on: Surface, demand: float, wanted: float, met: FloatArray) -> tuple[FloatArray, IntArray, IntArray]:
     """What each point serves of what is `wanted`, and the batch that is best at each cap.
 
-    Returns shares (C, B), less where `met` (C, B; see `latency_met`) is under 1, and columns of `on.batch` (C,): the
-    batch that the demand implies (the least that serves it: Little's law), and that or a smaller one where the latency
-    limits make it worth more. Rates are tokens/s.
+    Returns shares (C, B), times `met` (C, B; see `latency_met`), and columns of `on.batch` (C,): the batch that the
+    demand implies (the least that serves it: Little's law), and that or a smaller one where the latency limits make it
+    worth more, but none that would keep waiting what is wanted and could be served. Rates are tokens/s.
     """
     served = np.minimum(on.capacity_tokens_per_s, wanted)
     share = served / wanted if wanted > 0 else np.ones_like(served)
-    inside = met >= 1.0
-    # A miss is worth less than the best that the limits allow, the less the worse it is.
-    share = np.where(inside, share, met * np.minimum(share, share.max(where=inside, initial=0.0) or 1.0))
+    # Those whom a smaller batch keeps out wait, and miss more than the latency of those who are in: a miss is weighed.
+    share = share * met
     reaches = on.capacity_tokens_per_s >= demand
     implied = np.where(reaches.any(axis=1), reaches.argmax(axis=1), len(on.batch) - 1)
-    usable = np.arange(len(on.batch)) <= implied[:, None]
-    late = usable & ~(usable & inside).any(axis=1, keepdims=True)
-    chosen = np.where((usable & inside) | late, share, -1.0).argmax(axis=1)
+    # Whom a smaller batch than what is wanted makes run keeps out waits, and misses more than an inter-token latency.
+    enough = on.capacity_tokens_per_s >= min(wanted, demand)
+    least = np.where(enough.any(axis=1), enough.argmax(axis=1), 0)
+    column = np.arange(len(on.batch))
+    usable = (column <= implied[:, None]) & (column >= least[:, None])
+    chosen = np.where(usable, share, -1.0).argmax(axis=1)
     return share, implied, chosen
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pals_ray.control.graph_sizes import graph_sizes
-from pals_ray.control.menu import Surface, ask, best_batch, latency_met
+from pals_ray.control.menu import IntArray, Surface, ask, best_batch, latency_met
 from pals_ray.models.base import FloatArray, PowerModel
 from pals_ray.types import Target
 
 #: Caps asked of a model at a decision, at most, beside the ceiling and the present one.
 CAPS = 50
-#: With a TTFT limit there are to be places free for this many standard deviations of what runs: in 2 % all are taken.
+#: A crowd is this many standard deviations above the mean of what runs: in 2 % there are more.
 BUSY_SIGMAS = 2.0
 #: Shares nearer than this are the same.
 EPS = 1e-9
@@ -44,6 +45,11 @@ def corrected(on: Surface, need: float, itl: float, ttft: float) -> Surface:
         itl_p99_s=on.itl_p99_s * itl,
         ttft_p99_s=on.ttft_p99_s * ttft,
     )
+
+
+def _last(chosen: NDArray[np.bool_]) -> IntArray:
+    """The last chosen column of each row of (C, B)."""
+    return np.asarray(chosen.shape[1] - 1 - chosen[:, ::-1].argmax(axis=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,35 +86,33 @@ def points(
     most_batch: float,
     pin_batch_limit: int | None,
     fall: float,
-    shown: tuple[int, float] | None = None,
     likely: float | None = None,
     slowest_itl_s: float = np.inf,
     now_running: float = 0.0,
 ) -> Points:
     """The candidates for a demand and what of it is wanted, tokens/s.
 
-    The limit of a cap is the largest batch within the ITL limit, not above `most_batch` (KV pressure) and not where
-    capacity has fallen by more than the share `fall` below what a smaller batch makes. TTFT does not lower it: a
-    request that is not let in waits all the longer, so under a TTFT limit some places are kept free instead.
-    `shown` is the cap index from which on the ITL is measured to be within the limit, whatever the model says, and a
-    batch that the ITL does not lower the limit under. `likely` is the demand as the model takes it by the sequences
+    The limit of a cap is the largest batch within the ITL limit, not above `most_batch` (KV pressure), not where
+    capacity has fallen by more than the share `fall` below what a smaller batch makes, and not so low that what is
+    wanted would wait. TTFT does not lower it: a request that is not let in waits all the longer, so under a TTFT limit
+    some places are kept free instead. Latencies are those of as many as run in a crowd.
+    `likely` is the demand as the model takes it by the sequences
     that run for it: it tells how many are going to run. `pin_batch_limit` overrides all that. A p99 ITL above
     `slowest_itl_s`, with what is going to run or with what runs now, makes a cap worse, but lowers no batch.
     """
     caps = np.arange(len(on.cap_w))
     itl_met = latency_met(replace(target, ttft_p99_s=None), on)
-    if shown is not None:
-        itl_met[:, on.batch <= shown[1]] = 1.0
     share, implied, _ = best_batch(on, demand, wanted, itl_met)
     if pin_batch_limit is None:
         capacity = on.capacity_tokens_per_s
-        inside = np.logical_and.accumulate(itl_met >= 1.0, axis=1)
         fit = (capacity >= (1.0 - fall) * np.maximum.accumulate(capacity, axis=1)) & (on.batch <= max(most_batch, 1.0))
-        # Where no batch is within the limit, the batch of the least miss.
-        late = fit & ~inside.any(axis=1, keepdims=True)
-        late &= share >= np.where(late, share, -1.0).max(axis=1, keepdims=True) - EPS
-        allowed = (inside & fit) | late
-        column = len(on.batch) - 1 - allowed[:, ::-1].argmax(axis=1)
+        allowed = fit & (share >= np.where(fit, share, -1.0).max(axis=1, keepdims=True) - EPS)
+        column = _last(allowed)
+        # Who is kept out waits: what is wanted is let in, and its swings.
+        enough = on.capacity_tokens_per_s >= min(demand, wanted)
+        need = on.batch[enough.argmax(axis=1)]
+        room = np.searchsorted(on.batch, need + BUSY_SIGMAS * np.sqrt(need))
+        column = np.where(enough.any(axis=1), np.minimum(np.maximum(column, room), _last(fit)), column)
     else:
         column = np.full(len(caps), max(int(np.searchsorted(on.batch, pin_batch_limit, side="right")) - 1, 0))
     if likely is not None:
@@ -128,17 +132,24 @@ def points(
         low, high = values[caps, before], values[caps, run]
         return np.asarray(low + part * (high - low))
 
-    ttft_s, itl_s = there(on.ttft_p99_s), there(on.itl_p99_s)
+    # What runs varies as a Poisson number does: the latencies of the crowd are those that miss.
+    crowd = np.minimum(running + BUSY_SIGMAS * np.sqrt(running), on.batch[column])
+    above = np.minimum(np.searchsorted(on.batch, crowd), len(on.batch) - 1)
+    below = np.maximum(above - 1, 0)
+    way = (crowd - on.batch[below]) / np.maximum(on.batch[above] - on.batch[below], EPS)
+
+    def crowded_at(values: FloatArray) -> FloatArray:
+        """Between the two sizes that the crowd lies between."""
+        return np.asarray(values[caps, below] + way * (values[caps, above] - values[caps, below]))
+
+    ttft_s, itl_s = crowded_at(on.ttft_p99_s), crowded_at(on.itl_p99_s)
     score = np.minimum(on.capacity_tokens_per_s[caps, column], wanted) / wanted if wanted > 0 else np.ones(len(caps))
     if target.itl_p99_s is not None:
-        measured = np.zeros(len(caps), dtype=bool)
-        if shown is not None:
-            measured[shown[0] :] = running[shown[0] :] <= shown[1]
-        score = score * np.where(measured, 1.0, target.itl_p99_s / np.maximum(itl_s, target.itl_p99_s))
+        score = score * target.itl_p99_s / np.maximum(itl_s, target.itl_p99_s)
     crowded = np.minimum(np.searchsorted(on.batch, now_running), column)
     score = score * np.minimum(slowest_itl_s / np.maximum(itl_s, on.itl_p99_s[caps, crowded]), 1.0)
     if target.ttft_p99_s is not None:
-        # What runs varies as a Poisson number does; once all places are taken, requests wait for one to end.
+        # Once all places are taken, requests wait for one to end.
         places = on.batch[column] / (running + BUSY_SIGMAS * np.sqrt(running))
         score = score * target.ttft_p99_s / np.maximum(ttft_s, target.ttft_p99_s) * np.minimum(places, 1.0)
     return Points(

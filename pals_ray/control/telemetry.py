@@ -51,11 +51,13 @@ def _quantile_s(sums: Sequence[int], q: float) -> float | None:
     return lower + (LATENCY_EDGES_S[at] - lower) * (q * total - below) / (sums[at] - below)
 
 
-def _latency(last: Sequence[int], first: Sequence[int]) -> Latency:
+def _latency(last: Sequence[int], recent: Sequence[int], first: Sequence[int]) -> Latency:
+    """From a histogram's counts now, at the start of the short window and of the long one."""
     if last is first or last == first:
         return Latency()
     sums = list(accumulate(map(sub, last, first)))
-    return Latency(_quantile_s(sums, 0.5), _quantile_s(sums, 0.99))
+    newest = None if last is recent or last == recent else _quantile_s(list(accumulate(map(sub, last, recent))), 0.99)
+    return Latency(_quantile_s(sums, 0.5), _quantile_s(sums, 0.99), newest)
 
 
 def _arriving_tokens_per_s(first: EngineTelemetry, last: EngineTelemetry) -> float:
@@ -120,8 +122,8 @@ class TelemetryWindow:
             power_w=power_w,
             energy_j=last.energy_j,
             tokens=now.generation_tokens,
-            ttft=_latency(now.ttft_counts, oldest.ttft_counts),
-            itl=_latency(now.itl_counts, oldest.itl_counts),
+            ttft=_latency(now.ttft_counts, before.ttft_counts, oldest.ttft_counts),
+            itl=_latency(now.itl_counts, before.itl_counts, oldest.itl_counts),
             late_share=(now.late_steps - before.late_steps) / steps if steps else 0.0,
             modelled_over_wall=(now.modelled_s - before.modelled_s) / wall_s if wall_s > 0 else 1.0,
             binding_share=binding,

@@ -129,8 +129,8 @@ def test_larger_prompts_than_the_model_knows_ask_for_a_higher_cap():
     light = serving(running=4, throughput=40.0)
     plain = decide(ControllerState(), situation(target=limit, telemetry=light))
     large = decide(ControllerState(), situation(target=limit, telemetry=light, largest_prompt=1.5))
-    assert plain.point.cap_w == pytest.approx(20 / (0.9 * 0.15), abs=6.0)
-    assert large.point.cap_w == pytest.approx(30 / (0.9 * 0.15), abs=6.0)
+    assert plain.point.cap_w == pytest.approx(20 / (0.97 * 0.15), abs=6.0)
+    assert large.point.cap_w == pytest.approx(30 / (0.97 * 0.15), abs=6.0)
 
 
 def test_the_batch_limit_is_lowered_for_the_inter_token_latency_and_not_for_watts():
@@ -318,8 +318,8 @@ def test_between_sparse_requests_the_cap_waits_for_the_next_prompt_and_in_silenc
 
 def test_an_itl_limit_is_kept_with_fewer_watts_than_the_highest_cap_takes():
     loop = make_loop(target=Target(itl_p99_s=0.06))
-    loop.offer(2000.0, 120)
-    loop.run(30)
+    loop.offer(2000.0, 240)
+    loop.run(150)  # what the start did to the tail is forgotten
     first_j = loop.plant.energy_j
     settled = loop.run(90)
     assert loop.window.summary().itl.p99_s <= 0.06
@@ -340,13 +340,13 @@ def test_a_rise_from_idle_is_followed_within_seconds():
 
 def test_an_itl_that_is_measured_within_its_limit_does_not_lower_the_batch_whatever_the_model_says():
     # The model says 0.24 s at the full batch; 0.19 s were measured, and requests wait.
-    seen = serving(running=48, waiting=20, throughput=200.0, itl=Latency(0.15, 0.17), ttft=Latency(1.0, 3.0))
+    seen = serving(running=48, waiting=20, throughput=200.0, itl=Latency(0.15, 0.17, 0.17), ttft=Latency(1.0, 3.0))
     target = Target(itl_p99_s=0.2, ttft_p99_s=2.0)
     state = at(250.0, batch_limit=48, batch_changed_s=0.0, demand_tokens_per_s=200.0, rush_tokens_per_s=200.0)
     kept = decide(state, situation(target=target, telemetry=seen, ceiling_w=250.0)).point.batch_limit
-    late = replace(seen, itl=Latency(0.2, 0.25))
+    late = replace(seen, itl=Latency(0.2, 0.25, 0.25))
     cut = decide(state, situation(target=target, telemetry=late, ceiling_w=250.0)).point.batch_limit
-    assert kept > 48
+    assert kept >= 48
     assert cut < 48
 
 

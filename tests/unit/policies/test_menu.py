@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pals_ray.control.menu import HEADROOM, replica_menu, surface, with_queue_tokens_per_s
+from pals_ray.control.menu import HEADROOM, best_batch, latency_met, replica_menu, surface, with_queue_tokens_per_s
 from pals_ray.control.snapshot import Overhead
 from pals_ray.types import ReplicaTelemetry, Target
 
@@ -121,13 +121,17 @@ def test_a_target_below_the_demand_is_enough(on, make_replica):
     assert menu.cap_w[best(menu)] < 130
 
 
-def test_a_smaller_batch_is_taken_where_the_latency_limit_asks_for_it(on, make_replica):
-    limited = make_replica(demand=200, target=Target(itl_p99_s=0.15))
-    menu = replica_menu(limited, on, None)
-    k = best(menu)
-    itl_s = (1 + menu.batch_limit[k] / 32) / 10
-    assert itl_s <= 0.15 < (1 + 64 / 32) / 10
-    assert menu.share[k] < 1.0
+def test_a_latency_limit_makes_no_batch_so_small_that_requests_would_wait(on):
+    _, _, chosen = best_batch(on, 200, 200, latency_met(Target(itl_p99_s=0.15), on))
+    enough = on.capacity_tokens_per_s.max(axis=1) >= 200
+    assert enough.any()
+    assert (on.capacity_tokens_per_s[np.flatnonzero(enough), chosen[enough]] >= 200).all()
+
+
+def test_of_an_overload_less_is_let_in_where_the_latency_of_all_would_be_worse(on, make_replica):
+    free = replica_menu(make_replica(demand=400), on, None)
+    limited = replica_menu(make_replica(demand=400, target=Target(itl_p99_s=0.15)), on, None)
+    assert limited.batch_limit[best(limited)] < free.batch_limit[best(free)] == 64
 
 
 def test_a_pinned_batch_limit_is_used_as_the_demand_makes_it(on, make_replica):
