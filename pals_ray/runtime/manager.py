@@ -41,7 +41,7 @@ class GlobalPowerManager:
         self._changed = asyncio.Event()
         self._core = FleetCore(storage_path, ray.get_runtime_context().get_session_name(), self._changed.set)
         self._budget = BudgetDesk(self._core)
-        self._keeper = AgentKeeper(self._core.roster, self._core.node_lost)
+        self._keeper = AgentKeeper(self._core.roster, self._core.node_lost, self._core.node_gone)
         self._excess = ExcessMeter(time.monotonic())
         self._qos = QosBook()
         self._metrics = FleetMetrics()
@@ -199,4 +199,4 @@ class GlobalPowerManager:
         self._metrics.export(self._status())
 
     def _look_after_agents(self) -> None:
-        self._keeper.look_after(time.monotonic())
+        self._keeper.look_after(time.monotonic(), [node.node_id for node in self._core.ledger.nodes()])

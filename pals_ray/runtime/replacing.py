@@ -1,10 +1,11 @@
-"""Agents that died or hang: each replica gets another; its GPUs keep cap and charge meanwhile."""
+"""Agents that died or hang, and nodes that are cut off or gone: each replica of a living node gets another agent, and
+its GPUs keep cap and charge meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import ray
@@ -12,6 +13,7 @@ from ray.exceptions import ActorDiedError, RayActorError
 
 from pals_ray.runtime.actors import ensure_agent
 from pals_ray.runtime.messages import AgentSpec
+from pals_ray.runtime.nodes import Standing, standing
 from pals_ray.runtime.roster import Roster
 
 PING_TIMEOUT_S = 2.0
@@ -24,43 +26,62 @@ log = logging.getLogger("pals.manager")
 
 
 class AgentKeeper:
-    """Replaces the agents of a roster; `node_lost` hears of a node that is dead or cut off."""
+    """Replaces the agents of a roster; `node_lost` hears of each node that is cut off, `node_gone` of each that is gone
+    for good."""
 
-    def __init__(self, roster: Roster, node_lost: Callable[[str], None]) -> None:
+    def __init__(self, roster: Roster, node_lost: Callable[[str], None], node_gone: Callable[[str], None]) -> None:
         self._roster = roster
         self._node_lost = node_lost
+        self._node_gone = node_gone
         self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._asked: dict[str, asyncio.Task[Standing]] = {}
 
-    def look_after(self, now_s: float) -> None:
-        """See to every member that has been silent for too long; waits for nothing."""
-        for replica_id, member in list(self._roster.members.items()):
+    def look_after(self, now_s: float, nodes: Iterable[str]) -> None:
+        """See to every member that has been silent for too long, and to every one of the ledger's nodes that has no
+        member to speak for it; waits for nothing."""
+        members = dict(self._roster.members)
+        for replica_id, member in members.items():
             silence_s = self._roster.silence_s(replica_id, now_s)
-            if silence_s < SILENT_S or replica_id in self._under_way:
-                continue
-            self._under_way[replica_id] = asyncio.create_task(self._replace(replica_id, member.spec, silence_s))
+            if silence_s >= SILENT_S:
+                self._begin(replica_id, self._replace, replica_id, member.spec, silence_s)
+        for node_id in set(nodes) - {member.spec.node_id for member in members.values()}:
+            self._begin(node_id, self._node_lives, node_id)
+
+    def _begin(self, name: str, act: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
+        if name not in self._under_way:
+            self._under_way[name] = asyncio.create_task(self._to_the_end(name, act(*args)))
+
+    async def _to_the_end(self, name: str, act: Coroutine[Any, Any, Any]) -> None:
+        try:
+            await act
+        except Exception:
+            log.exception("%s: could not be seen to yet", name)
+        finally:
+            del self._under_way[name]
 
     async def _replace(self, replica_id: str, spec: AgentSpec, silence_s: float) -> None:
-        try:
-            handle = self._roster.handles.get(replica_id)
-            if not await asyncio.to_thread(_node_lives, spec.node_id):
-                # Dead or cut off: its GPUs stay charged as last known until a new node shows them.
-                self._node_lost(spec.node_id)
+        handle = self._roster.handles.get(replica_id)
+        if not await self._node_lives(spec.node_id):
+            return
+        if handle is not None and not await _is_dead(handle):
+            if silence_s < HANGS_S:
                 return
-            if handle is not None and not await _is_dead(handle):
-                if silence_s < HANGS_S:
-                    return
-                log.warning("%s: its agent lives, but has been silent for %.0f s: ending it", replica_id, silence_s)
-                await asyncio.to_thread(ray.kill, handle)
-            log.warning("%s: its agent is gone, making another", replica_id)
-            await ensure_agent(spec)
-        except Exception:
-            log.exception("%s: its agent could not be replaced yet", replica_id)
-        finally:
-            del self._under_way[replica_id]
+            log.warning("%s: its agent lives, but has been silent for %.0f s: ending it", replica_id, silence_s)
+            await asyncio.to_thread(ray.kill, handle)
+        log.warning("%s: its agent is gone, making another", replica_id)
+        await ensure_agent(spec)
 
-
-def _node_lives(node_id: str) -> bool:
-    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+    async def _node_lives(self, node_id: str) -> bool:
+        """Whether a node can be reached; where not, the ledger hears of it. All who ask at once share one answer."""
+        if node_id not in self._asked:
+            self._asked[node_id] = task = asyncio.create_task(asyncio.to_thread(standing, node_id))
+            task.add_done_callback(lambda _: self._asked.pop(node_id))
+        found = await self._asked[node_id]
+        if found is Standing.CUT_OFF:
+            self._node_lost(node_id)
+        elif found is Standing.GONE:
+            self._node_gone(node_id)
+        return found is Standing.LIVES
 
 
 async def _is_dead(handle: Any) -> bool:
