@@ -169,10 +169,10 @@ class Network:
 
     def _furnish(self, host: Host) -> None:
         """The host's own part of the disk: home, /tmp, keys, and an environment that is installed already."""
-        (host.home / "pals-ray").mkdir(parents=True)
+        host.home.mkdir(parents=True)
         (host.folder / "tmp").mkdir(mode=0o1777)
         (host.home / ".bashrc").touch()
-        (host.home / "pals-ray" / ".venv").symlink_to(sys.prefix)
+        (host.home / ".pals-venv").symlink_to(sys.prefix)
         users = Path("/etc/passwd").read_text().splitlines(keepends=True)
         root = f"root:x:0:0:root:{host.home}:/bin/bash\n"
         (host.folder / "passwd").write_text(root + "".join(u for u in users if not u.startswith("root:")))

@@ -1,0 +1,77 @@
+"""The limits in force on several hosts, looked at from outside: their virtual GPUs lie in the /dev/shm that they share.
+
+    with LimitSampler({"rack-a": ["10-77-0-3"], ...}, a_w=40, b=0.1) as sampler: ...
+
+Watts are at node level, as budgets are: each node's overhead `a_w`, and `1 + b` times the limits of its GPUs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from pals_ray.gpus.virtual import VirtualDriver
+
+PERIOD_S = 0.01
+#: Two sums of the same limits may differ by so much, W.
+ROUNDING_W = 0.01
+
+
+class LimitSampler:
+    """Sums of limits in groups of nodes (a fleet, its domains) every 10 ms; times are s of the monotonic clock."""
+
+    def __init__(self, groups: Mapping[str, Sequence[str]], a_w: float, b: float) -> None:
+        """`groups` names node keys; every node must have its virtual GPUs already."""
+        self.groups = {name: list(keys) for name, keys in groups.items()}
+        self._gpus = {key: VirtualDriver.attach(key).gpus() for keys in groups.values() for key in keys}
+        self._a_w, self._b = a_w, b
+        self.rows: list[tuple[float, dict[str, float]]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> LimitSampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        due_s = time.monotonic()
+        while not self._stop.wait(max(due_s - time.monotonic(), 0.0)):
+            due_s = max(due_s + PERIOD_S, time.monotonic())
+            self.rows.append((time.monotonic(), self._look()))
+
+    def _look(self) -> dict[str, float]:
+        node_w = {
+            key: self._a_w + (1 + self._b) * sum(gpu.limit_w() for gpu in gpus) for key, gpus in self._gpus.items()
+        }
+        return {name: sum(node_w[key] for key in keys) for name, keys in self.groups.items()}
+
+    def gpu_limits_w(self, key: str) -> list[float]:
+        """Limit in force of each GPU of a node, now, W."""
+        return [gpu.limit_w() for gpu in self._gpus[key]]
+
+    def worst_w(self, group: str, since_s: float = 0.0, until_s: float = float("inf")) -> float:
+        """The highest sum of a group between two times, W."""
+        return max(watts[group] for at_s, watts in self.rows if since_s <= at_s < until_s)
+
+    def last_over(self, group: str, budget_w: float, since_s: float, until_s: float = float("inf")) -> float:
+        """How long after `since_s` a group's sum was last above a budget, s; 0 if it never was."""
+        over = [at_s for at_s, watts in self.rows if since_s <= at_s < until_s and watts[group] > budget_w + ROUNDING_W]
+        return over[-1] - since_s if over else 0.0
+
+    def report(self, budgets_w: Mapping[str, float], since_s: float = 0.0, until_s: float = float("inf")) -> str:
+        """The worst sample of each group against its budget, in a line."""
+        parts = [f"{name} {self.worst_w(name, since_s, until_s):.0f} of {w:g} W" for name, w in budgets_w.items()]
+        times_s = [at_s for at_s, _ in self.rows if since_s <= at_s < until_s]
+        gap_s = max((after - before for before, after in itertools.pairwise(times_s)), default=0.0)
+        return f"worst of {len(times_s)} samples: {', '.join(parts)} (longest gap between two: {gap_s * 1000:.0f} ms)"
+
+    def within(self, budgets_w: Mapping[str, float], since_s: float = 0.0, until_s: float = float("inf")) -> bool:
+        """Whether each sample of each group was within its budget."""
+        return all(self.worst_w(name, since_s, until_s) <= w + ROUNDING_W for name, w in budgets_w.items())
