@@ -20,7 +20,7 @@ from filelock import FileLock
 _MAX_POSITIONS = 8192
 
 _SHARED: dict[str, Any] = {
-    "torch_dtype": "bfloat16",
+    "torch_dtype": "float32",
     "vocab_size": 256,
     "hidden_size": 64,
     "intermediate_size": 128,

@@ -24,7 +24,7 @@ ENVIRONMENT = {
 }
 ENGINE_KWARGS = {
     "load_format": "dummy",
-    "dtype": "bfloat16",
+    "dtype": "float32",
     "enforce_eager": True,
     "max_model_len": 1024,
     "max_num_seqs": 16,

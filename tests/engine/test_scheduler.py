@@ -24,7 +24,7 @@ BLOCK_TOKENS = 16
 def vllm_config(tmp_path_factory):
     model = make_tiny_model("tiny-dense", tmp_path_factory.mktemp("models"))
     config = VllmConfig(
-        model_config=ModelConfig(model=str(model), dtype="bfloat16", max_model_len=256),
+        model_config=ModelConfig(model=str(model), dtype="float32", max_model_len=256),
         cache_config=CacheConfig(block_size=BLOCK_TOKENS, enable_prefix_caching=False),
         scheduler_config=SchedulerConfig(
             max_num_seqs=MAX_BATCH,
@@ -47,7 +47,7 @@ def block(tmp_path, monkeypatch):
 
 
 def make_scheduler(vllm_config, scheduler_class=PowerAwareScheduler):
-    spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
+    spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=2, head_size=32, dtype=torch.float32)
     return scheduler_class(
         vllm_config=vllm_config,
         kv_cache_config=KVCacheConfig(
