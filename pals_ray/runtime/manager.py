@@ -126,6 +126,9 @@ class GlobalPowerManager:
         rebuilding, why = ledger.rebuilding(now_s)
         if rebuilding:
             notes.append(why)
+        lost = [node.node_id[:8] for node in ledger.nodes() if node.lost]
+        if lost:
+            notes.append(f"node {', '.join(lost)} cannot be reached: its GPUs stay charged what they last had")
         facts = FleetFacts(
             policy=config.policy,
             version=core.state.version,

@@ -1,7 +1,7 @@
 """A Ray cluster on test hosts, brought up as the README says: its own lines, run by an operator outside the cluster.
 
 The operator is this machine, at the bridge's own address, with a checkout, a home and a key of its own. In that
-checkout the project's `cluster.yaml` has its CAPITALS filled in, and nothing else changed.
+checkout the project's `cluster.yaml` has its CAPITALS and the key filled in, and nothing else changed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -26,7 +25,6 @@ from pals_ray.gpus.virtual_block import remove_block
 from pals_ray.runtime.node import SHARED_MEMORY, node_key
 from tests.hosts.network import Host, Network
 from tests.support import fleets
-from tests.support.fleets import wait_for
 
 ROOT = Path(__file__).parents[2]
 SECRET = "sesame"
@@ -41,10 +39,11 @@ _SET_BUDGETS = """
 import json, sys, time
 import pals_ray
 fleet = pals_ray.connect(sys.argv[1])
-for watts in map(float, sys.argv[2:]):
+for watts in map(float, sys.argv[3:]):
     called_s = time.monotonic()
     change = fleet.set_budget(watts)
     print(json.dumps([watts, called_s, time.monotonic(), change.settled_s]), flush=True)
+    time.sleep(float(sys.argv[2]))
 """
 
 
@@ -69,14 +68,13 @@ def readme_steps() -> list[str]:
 class HostCluster:
     """Head and workers on hosts of their own. A context manager: nothing is left of it, whatever happened."""
 
-    def __init__(self, fleet: Mapping[str, Any]) -> None:
-        """`fleet` is what the operator's fleet file holds."""
-        self.network = Network("head", "a", "b", environment=_ENVIRONMENT)
+    def __init__(self, **environment: str) -> None:
+        """`environment` is what every command on a host finds set beside the usual."""
+        self.network = Network("head", "a", "b", environment={**_ENVIRONMENT, **environment})
         self.head, *self.workers = self.network.hosts
         self.url = f"http://{self.head.address}:8000"
         self._home = self.network.folder / "operator"
         self.checkout = self._home / "pals-ray"
-        self._fleet = fleet
         #: The README's commands that have not been run yet.
         self.steps_left = readme_steps()
 
@@ -93,20 +91,21 @@ class HostCluster:
         self.close()
 
     def _check_out(self) -> None:
-        """The operator's checkout, with the addresses filled in, the key, and the fleet file."""
+        """The operator's checkout, with addresses and key filled in."""
         leave_out = [
             f"--exclude={name}" for name in (".git", ".venv", "build", ".*_cache", ".hypothesis", "__pycache__")
         ]
         self.checkout.mkdir(parents=True)
         subprocess.run(["rsync", "-a", *leave_out, f"{ROOT}/", str(self.checkout)], check=True)
-        (self._home / ".ssh").mkdir()
-        shutil.copy(self.network.key, self._home / ".ssh" / "id_ed25519")
-        filled_in = (self.checkout / "cluster.yaml").read_text()
+        filled_in = (self.checkout / "cluster.yaml").read_text().replace("~/.ssh/id_ed25519", str(self.network.key))
         for number, worker in enumerate(self.workers, 1):
             filled_in = filled_in.replace(f"WORKER_ADDRESS_{number}", worker.address)
         filled_in = filled_in.replace("HEAD_ADDRESS", self.head.address).replace("A_SECRET_OF_YOURS", SECRET)
         (self.checkout / "cluster.yaml").write_text(filled_in)
-        (self.checkout / "fleet.yaml").write_text(yaml.safe_dump(dict(self._fleet)))
+
+    def write_fleet_file(self, content: Mapping[str, Any]) -> None:
+        """The operator's fleet file."""
+        (self.checkout / "fleet.yaml").write_text(yaml.safe_dump(dict(content)))
 
     # -- the operator ------------------------------------------------------------------------------------------------
 
@@ -143,13 +142,13 @@ class HostCluster:
         print(f"\n[{time.monotonic() - began_s:.1f} s] {step}")
         return out
 
-    def set_budgets(self, *budgets_w: float, timeout_s: float = 240) -> list[BudgetStep]:
-        """Set one budget after another by a handle outside the cluster."""
+    def set_budgets(self, *budgets_w: float, pause_s: float = 0.0, timeout_s: float = 240) -> list[BudgetStep]:
+        """Set one budget after another by a handle outside the cluster, with a pause after each."""
         numbers = " ".join(f"{budget_w:g}" for budget_w in budgets_w)
         script = self._home / "set_budgets.py"
         script.write_text(_SET_BUDGETS)
         out = self.operate(
-            f"RAY_AUTH_MODE=token python {script} ray://HEAD_ADDRESS:10001 {numbers}", timeout_s=timeout_s
+            f"RAY_AUTH_MODE=token python {script} ray://HEAD_ADDRESS:10001 {pause_s} {numbers}", timeout_s=timeout_s
         )
         return [BudgetStep(*json.loads(line)) for line in out.splitlines() if re.match(r"\[[\d.]+, ", line)]
 
@@ -195,28 +194,20 @@ class HostCluster:
         while fleets.any_alive(fleets.engine_processes()) and time.monotonic() < deadline_s:
             time.sleep(0.1)
         for host in self.network.hosts:
-            key = node_key(host.address)
-            for path in (*SHARED_MEMORY.glob(f"pals-node-{key}.*"), *SHARED_MEMORY.glob(f"pals-{key}-*")):
-                path.unlink(missing_ok=True)
-            remove_block(key)
+            _forget_memory(host)
         for path in _LAUNCHER_STATE:
             path.unlink(missing_ok=True)
 
 
-def boots_anew(host: Host) -> None:
+def boot_anew(host: Host) -> None:
     """Power on a host that lost its power, its memory gone: limits and /dev/shm do not outlive that."""
+    _forget_memory(host)
+    host.boot()
+
+
+def _forget_memory(host: Host) -> None:
+    """The part of /dev/shm that is a host's own, its virtual GPUs among it."""
     key = node_key(host.address)
     for path in (*SHARED_MEMORY.glob(f"pals-node-{key}.*"), *SHARED_MEMORY.glob(f"pals-{key}-*")):
         path.unlink(missing_ok=True)
     remove_block(key)
-    host.boot()
-
-
-def wait_for_places(cluster: HostCluster, models: list[str], deadline_s: float) -> float:
-    """Wait until every model has a serving replica and answers on the head; how long that took, s."""
-
-    def ready() -> bool:
-        served = {name.partition("#")[0] for name in cluster.places()}
-        return served == set(models) and all(cluster.answers(model) for model in models)
-
-    return wait_for(ready, deadline_s, "not every model is served")

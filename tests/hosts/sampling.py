@@ -11,9 +11,11 @@ import itertools
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 
-from pals_ray.gpus.virtual import VirtualDriver
+from pals_ray.gpus.base import GpuDriverMissingError
+from pals_ray.gpus.virtual import VirtualDriver, VirtualGpu
 
 PERIOD_S = 0.01
 #: Two sums of the same limits may differ by so much, W.
@@ -24,9 +26,13 @@ class LimitSampler:
     """Sums of limits in groups of nodes (a fleet, its domains) every 10 ms; times are s of the monotonic clock."""
 
     def __init__(self, groups: Mapping[str, Sequence[str]], a_w: float, b: float) -> None:
-        """`groups` names node keys; every node must have its virtual GPUs already."""
+        """`groups` names node keys. A node that is not the fleet's yet counts from when all of it is parked."""
         self.groups = {name: list(keys) for name, keys in groups.items()}
-        self._gpus = {key: VirtualDriver.attach(key).gpus() for keys in groups.values() for key in keys}
+        self._keys = {key for keys in groups.values() for key in keys}
+        self._gpus: dict[str, Sequence[VirtualGpu]] = {}
+        for key in self._keys:
+            with suppress(GpuDriverMissingError):
+                self._gpus[key] = VirtualDriver.attach(key).gpus()
         self._a_w, self._b = a_w, b
         self.rows: list[tuple[float, dict[str, float]]] = []
         self._stop = threading.Event()
@@ -47,10 +53,15 @@ class LimitSampler:
             self.rows.append((time.monotonic(), self._look()))
 
     def _look(self) -> dict[str, float]:
+        for key in self._keys - self._gpus.keys():
+            with suppress(GpuDriverMissingError):
+                gpus = VirtualDriver.attach(key).gpus()
+                if all(gpu.limit_w() <= gpu.info.min_limit_w for gpu in gpus):
+                    self._gpus[key] = gpus
         node_w = {
             key: self._a_w + (1 + self._b) * sum(gpu.limit_w() for gpu in gpus) for key, gpus in self._gpus.items()
         }
-        return {name: sum(node_w[key] for key in keys) for name, keys in self.groups.items()}
+        return {name: sum(node_w.get(key, 0.0) for key in keys) for name, keys in self.groups.items()}
 
     def gpu_limits_w(self, key: str) -> list[float]:
         """Limit in force of each GPU of a node, now, W."""
