@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.cpu
 import torch.distributed
 from vllm.distributed.parallel_state import get_world_group
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -35,7 +34,6 @@ class PacedWorker(CPUWorker):  # type: ignore[misc]
     def init_device(self) -> None:
         """Set the rank up as vLLM does, then claim a GPU and learn the group's."""
         super().init_device()
-        _ask_for_tiles()
         config = PacingConfig.from_environment()
         parallel = self.parallel_config
         if parallel.world_size != parallel.tensor_parallel_size:
@@ -83,10 +81,3 @@ class PacedWorker(CPUWorker):  # type: ignore[misc]
         output = super().sample_tokens(grammar_output)
         self._pacer.end()
         return output
-
-
-def _ask_for_tiles() -> None:
-    """Linux lends AMX's tile registers only to processes that ask. vLLM's CPU attention uses them where the CPU has
-    them and leaves the asking to oneDNN: an engine whose first step attends before oneDNN multiplies dies of SIGILL."""
-    if torch.cpu._is_amx_tile_supported():
-        torch.cpu._init_amx()
