@@ -153,6 +153,8 @@ class ReplicaTelemetry:
     """What an agent saw of its replica over its last window: rates, latencies, power. W are GPU watts of the group.
 
     `running` and `waiting` are now; `running_mean` and `running_least` are over the window that rates are taken over.
+    `arriving_tokens_per_s` is what requests that came in over the longer window ask for, at the mean output of those
+    finished so far; 0 before any has.
     """
 
     running: int = 0
@@ -162,6 +164,7 @@ class ReplicaTelemetry:
     kv_use: float = 0.0
     throughput_tokens_per_s: float = 0.0
     prompt_tokens_per_s: float = 0.0
+    arriving_tokens_per_s: float = 0.0
     power_w: float = 0.0
     energy_j: float = 0.0
     tokens: int = 0

@@ -80,9 +80,7 @@ def with_feedback(
     pressed = point is not None and telemetry.running >= config.pressed * point.batch_limit
     demand = max(steady, rush) if queue or pressed else steady
     if queue or (telemetry.waiting > 0 and not busy):
-        # Those who wait are to be let in within the time that those who run take, and never faster than possible.
-        soon = demand * (1.0 + telemetry.waiting / telemetry.running) if busy else np.inf
-        demand = min(with_queue_tokens_per_s(demand, telemetry, on), soon)
+        demand = with_queue_tokens_per_s(demand, telemetry, on)
     if rising:
         together = telemetry.running + telemetry.waiting
         demand = max(demand, float(np.interp(together, batch, on.capacity_tokens_per_s[-1])))

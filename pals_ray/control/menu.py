@@ -132,7 +132,13 @@ def replica_menu(
     most_extra_w = _most_extra_w(replica, float(power_w[-1]))
     last = int(np.searchsorted(extra_w, most_extra_w, side="right")) - 1
     kept = np.minimum(caps, last)
-    value = replica.target.weight * share - VALUE_PER_W * (replica.least_charge_w + extra_w)
+    # At a cap under the clock floor's draw a replica is charged less than it draws, out of others' watts: what it
+    # serves there counts for the part that it pays for, or the lowest cap would be the best bargain of all. While one
+    # sequence at a time is more than enough the clocks mostly rest.
+    busy = min(demand / max(float(on.capacity_tokens_per_s[0, 0]), 1e-9), 1.0)
+    paid = np.ones_like(share)
+    paid[0] = 1.0 - busy * (1.0 - replica.least_charge_w / max(float(charge_w[0]), replica.least_charge_w))
+    value = replica.target.weight * share * paid - VALUE_PER_W * (replica.least_charge_w + extra_w)
     floor = _floor(replica, on, share[kept], extra_w[kept], demand > 0)
     return ReplicaMenu(
         extra_w[kept], value[kept], share[kept], on.cap_w[kept], on.batch[chosen][kept], floor, most_extra_w, wanted
@@ -160,14 +166,23 @@ def best_batch(on: Surface, demand: float, wanted: float, met: FloatArray) -> tu
 
 
 def with_queue_tokens_per_s(demand: float, seen: ReplicaTelemetry, on: Surface) -> float:
-    """What a replica could serve now if it were able to, tokens/s: its demand, and more while requests wait.
+    """What a replica is to serve now, tokens/s: its demand, and more where requests wait or soon may.
 
-    A queue counts as what all its requests at once would make of the engine: it is served only above its arrivals.
+    Those who wait are to be let in within the time that those who run, half done on average, have still to go; and
+    never faster than the engine could make of all of them. A short queue so asks for a little more than arrives, not
+    for all that a full batch makes, which others would have to do without. What runs varies as a Poisson number does:
+    those who would be one deviation above the batch limit count as waiting already.
     """
-    if seen.waiting == 0:
+    limit = float(on.batch[-1])
+    inside = seen.running + seen.waiting
+    waiting = max(float(seen.waiting), inside + float(np.sqrt(seen.running)) - limit)
+    if waiting <= 0.0:
         return demand
-    together = int(np.searchsorted(on.batch, min(seen.running + seen.waiting, on.batch[-1])))
-    return max(demand, float(on.capacity_tokens_per_s[-1, together]))
+    together = int(np.searchsorted(on.batch, min(inside, limit)))
+    fastest = max(demand, float(on.capacity_tokens_per_s[-1, together]))
+    if seen.running == 0 or demand <= 0.0:
+        return fastest
+    return min(demand * (1.0 + 2.0 * waiting / seen.running), fastest)
 
 
 def latency_met(target: Target, on: Surface) -> FloatArray:

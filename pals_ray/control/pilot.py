@@ -27,6 +27,7 @@ class Pilot:
         self._source = ""
         self._state = ControllerState()
         self._looked_s: float | None = None
+        self._arriving_tokens_per_s = 0.0
 
     def take_model(self, model: PowerModel | None, source: str) -> None:
         """Predict by this model from now on (None: by none), and forget what was learnt of one from another source."""
@@ -41,8 +42,12 @@ class Pilot:
 
     @property
     def demand_tokens_per_s(self) -> float | None:
-        """What arrives, as far as telemetry shows; None before anything is known."""
-        return self._state.demand_tokens_per_s
+        """What arrives, as far as telemetry shows; None before anything is known.
+
+        What is served and what runs tell of it at once, but a replica that its cap holds down makes less of either.
+        """
+        seen = self._state.demand_tokens_per_s
+        return max(seen, self._arriving_tokens_per_s) if seen else seen
 
     def natural_draw_w(self, window: TelemetryWindow, seen: ReplicaTelemetry, max_limit_w: float) -> float | None:
         """GPU watts of the group at its present batch if nothing capped it, and never below the recent p95.
@@ -60,6 +65,7 @@ class Pilot:
     def look(self, now_s: float, seen: ReplicaTelemetry) -> None:
         """Learn from what the replica does at a point that it has held for as long as its telemetry reaches back."""
         before_s, self._looked_s = self._looked_s, now_s
+        self._arriving_tokens_per_s = seen.arriving_tokens_per_s
         state, point = self._state, self._state.point
         if self._model is None or point is None or before_s is None:
             return

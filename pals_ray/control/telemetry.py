@@ -58,6 +58,21 @@ def _latency(last: Sequence[int], first: Sequence[int]) -> Latency:
     return Latency(_quantile_s(sums, 0.5), _quantile_s(sums, 0.99))
 
 
+def _arriving_tokens_per_s(first: EngineTelemetry, last: EngineTelemetry) -> float:
+    """What those that came in between two looks ask for. Of requests that still run half is taken to be done."""
+    passed_s = last.time_s - first.time_s
+    if passed_s <= 0.0 or last.requests_finished == 0:
+        return 0.0
+    came = _ever_in(last) - _ever_in(first)
+    mean_output = last.generation_tokens / (last.requests_finished + last.running / 2)
+    return max(came, 0) * mean_output / passed_s
+
+
+def _ever_in(engine: EngineTelemetry) -> int:
+    """Requests that have ever come in."""
+    return engine.requests_finished + engine.running + engine.waiting
+
+
 class TelemetryWindow:
     """The recent readings of one replica. Rates and power are over `rate_s`, latencies over `latency_s`."""
 
@@ -101,6 +116,7 @@ class TelemetryWindow:
             kv_use=now.kv_use,
             throughput_tokens_per_s=(now.generation_tokens - before.generation_tokens) / span_s,
             prompt_tokens_per_s=(now.prompt_tokens - before.prompt_tokens) / span_s,
+            arriving_tokens_per_s=_arriving_tokens_per_s(oldest, now),
             power_w=power_w,
             energy_j=last.energy_j,
             tokens=now.generation_tokens,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 from ray.cluster_utils import Cluster
 
 from pals_ray.runtime.messages import NAMESPACE
@@ -37,6 +38,8 @@ def cluster(scratch, nvml):
             patch.setenv(name, value)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(ROOT))
+        # Beside the clusters' own folder Ray notes the address here, and takes it for granted that this one is there.
+        Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
         cluster = Cluster(
             initialize_head=True,
             head_node_args={

@@ -56,6 +56,23 @@ def test_rates_are_over_the_short_window_and_latencies_over_the_long_one():
     assert seen.running == 3
 
 
+def test_what_arrives_is_told_by_requests_that_come_in_served_or_not():
+    window = TelemetryWindow(rate_s=5, latency_s=60)
+    for t in range(0, 121, 10):
+        # One request of 100 tokens a second comes in, every other one has to wait.
+        window.add(
+            Reading(
+                t,
+                engine(time_s=t, generation_tokens=50 * t + 200, requests_finished=t // 2, running=4, waiting=t // 2),
+                energy_j=0.0,
+                power_w=1,
+            )
+        )
+        if t == 0:
+            assert window.summary().arriving_tokens_per_s == 0.0
+    assert window.summary().arriving_tokens_per_s == pytest.approx(100, rel=0.01)
+
+
 def test_what_ran_is_told_as_it_is_now_on_average_and_at_least():
     window = TelemetryWindow(rate_s=5, latency_s=60)
     for t, running in enumerate((40, 40, 40, 8, 8, 0, 8, 6)):

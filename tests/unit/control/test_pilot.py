@@ -52,6 +52,22 @@ def test_without_demand_it_rests_and_under_load_it_works(model):
     assert "tokens/s wanted" in reason
 
 
+def test_what_arrives_is_told_even_where_the_cap_keeps_the_replica_from_serving_it(model):
+    def told(arriving, seen):
+        pilot = Pilot(1)
+        pilot.take_model(model, "prior")
+        for beat in range(20):
+            now = replace(seen, arriving_tokens_per_s=arriving)
+            pilot.look(beat / 2, now)
+            choose(pilot, beat / 2, ceiling_w=110.0, in_force_w=110.0, seen=now)
+        return pilot.demand_tokens_per_s
+
+    held = replace(BUSY, throughput_tokens_per_s=80.0, running=24, waiting=0)
+    assert told(0.0, held) < 150.0
+    assert told(200.0, held) == 200.0
+    assert told(200.0, ReplicaTelemetry(power_w=60.0)) == 0.0  # nothing has come for a while
+
+
 def test_pins_of_a_grant_are_obeyed(model):
     pilot = Pilot(1)
     pilot.take_model(model, "prior")

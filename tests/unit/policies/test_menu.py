@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pals_ray.control.menu import HEADROOM, replica_menu, surface
+from pals_ray.control.menu import HEADROOM, replica_menu, surface, with_queue_tokens_per_s
 from pals_ray.control.snapshot import Overhead
 from pals_ray.types import ReplicaTelemetry, Target
 
@@ -66,6 +70,49 @@ def test_a_queue_is_wanted_served_above_its_arrivals(on, make_replica):
     queued = replica_menu(make_replica(demand=100, telemetry=queue), on, None)
     assert queued.wanted_tokens_per_s == pytest.approx(10 * 48 / (1 + 48 / 32), rel=0.1)
     assert queued.cap_w[best(queued)] > calm.cap_w[best(calm)]
+
+
+def test_a_short_queue_asks_for_less_than_all_that_a_full_batch_makes(on, make_replica):
+    short, long = (
+        replica_menu(make_replica(demand=60, telemetry=ReplicaTelemetry(running=10, waiting=waiting)), on, None)
+        for waiting in (1, 20)
+    )
+    assert 60 < short.wanted_tokens_per_s < 80
+    assert long.wanted_tokens_per_s > 1.5 * short.wanted_tokens_per_s
+
+
+def test_a_queue_is_prepared_for_where_the_batch_is_nearly_full(on, make_replica):
+    nearly, half = (
+        replica_menu(make_replica(demand=100, telemetry=ReplicaTelemetry(running=running)), on, None)
+        for running in (62, 32)
+    )
+    assert half.wanted_tokens_per_s == 100 < nearly.wanted_tokens_per_s < 125
+
+
+@given(demand=st.floats(0, 500), running=st.integers(0, 64), waiting=st.integers(0, 200))
+def test_what_is_wanted_is_never_under_the_demand_and_rises_with_the_queue(on, demand, running, waiting):
+    def wanted(queue):
+        return with_queue_tokens_per_s(demand, ReplicaTelemetry(running=running, waiting=queue), on)
+
+    assert demand <= wanted(waiting) <= wanted(waiting + 1) <= max(demand, on.capacity_tokens_per_s[-1].max())
+
+
+def floored(on, floor_w):
+    """A surface whose draw never falls below the clock floor's."""
+    power_w = np.maximum(on.power_w, floor_w)
+    return replace(on, power_w=power_w, honours_cap=power_w <= on.cap_w[:, None])
+
+
+def test_the_lowest_cap_is_no_bargain_where_the_clock_floor_draws_more_than_it(on, make_replica):
+    def worth_of_charge(surface):
+        menu = replica_menu(make_replica(demand=150), surface, None)
+        return menu.value[0] / menu.share[0]
+
+    assert worth_of_charge(floored(on, 150)) == pytest.approx(100 / 150 * worth_of_charge(on), rel=0.01)
+
+
+def test_a_replica_without_demand_does_not_pay_for_a_clock_floor_that_it_does_not_run_at(on, make_replica):
+    assert best(replica_menu(make_replica(demand=0.0), floored(on, 150), None)) == 0
 
 
 def test_a_target_below_the_demand_is_enough(on, make_replica):

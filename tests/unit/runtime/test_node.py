@@ -332,8 +332,11 @@ def test_visible_are_the_gpus_that_the_raylet_may_give_out(variable, seen):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": variable} if variable is not None else dict(os.environ)
     if variable is None:
         environment.pop("CUDA_VISIBLE_DEVICES", None)
-    # Its line of output says that it runs: before, /proc may still show the environment of this process.
-    raylet = subprocess.Popen(["sh", "-c", "echo up; exec sleep 60"], env=environment, stdout=subprocess.PIPE)
+    # Its line of output says that it runs, and is the last thing that it does: while a process becomes another
+    # program, /proc shows the environment of the one before, or none.
+    raylet = subprocess.Popen(
+        ["sh", "-c", "echo up; read -r _"], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
         assert raylet.stdout.readline() == b"up\n"
         uuids = [f"GPU-{letter}" for letter in "abcd"]
