@@ -129,7 +129,7 @@ class HostCluster:
             timeout=timeout_s,
         )
         assert not check or done.returncode == 0, f"{command}\n{done.stdout[-5000:]}"
-        return done.stdout
+        return re.sub(r"\x1b\[[\d;]*m", "", done.stdout)  # the launcher asks for a terminal, hence colours
 
     def step(self, begins: str, watts: float | None = None, *, timeout_s: float = 240) -> str:
         """Run the README's command that begins so, on the same hosts as the others; `watts` replaces its own."""
