@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+import multiprocessing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import yaml
@@ -81,20 +82,25 @@ def wait_for_caps(sampler: LimitSampler) -> None:
 @contextmanager
 def loaded(cluster: HostCluster, streams: int = 8) -> Iterator[None]:
     """So many requests in flight on each model while the block runs; after one that fails the next is asked."""
+    here = multiprocessing.get_context("fork")  # a process of its own: clients would keep the sampler waiting
+    stop = here.Event()
+    clients = here.Process(target=_ask, args=(cluster.url, streams, stop), daemon=True)
+    clients.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        clients.join(20)
+        clients.kill()
 
+
+def _ask(url: str, streams: int, stop: Event) -> None:
     async def run() -> None:
-        loops = [ClosedLoop(cluster.url, model, streams, RequestShape(32, 64), timeout_s=20) for model in MODELS]
+        loops = [ClosedLoop(url, model, streams, RequestShape(32, 64), timeout_s=20) for model in MODELS]
         async with loops[0], loops[1]:
             while not stop.is_set():
                 await asyncio.sleep(0.1)
             for loop in loops:
                 loop.abandon()
 
-    stop = threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    asyncio.run(run())
