@@ -49,7 +49,7 @@ for watts in map(float, sys.argv[3:]):
 
 @dataclass(frozen=True)
 class BudgetStep:
-    """A budget set by a handle outside the cluster: when it was called and had returned (s, this machine's monotonic
+    """A budget set by a handle: when it was called and had returned (s, this machine's monotonic
     clock), and what the manager says it took until every cap was in force, s."""
 
     budget_w: float
@@ -142,14 +142,16 @@ class HostCluster:
         print(f"\n[{time.monotonic() - began_s:.1f} s] {step}")
         return out
 
-    def set_budgets(self, *budgets_w: float, pause_s: float = 0.0, timeout_s: float = 240) -> list[BudgetStep]:
-        """Set one budget after another by a handle outside the cluster, with a pause after each."""
+    def set_budgets(self, *budgets_w: float, pause_s: float = 0.0, on_head: bool = False) -> list[BudgetStep]:
+        """Set one budget after another, with a pause after each, by a handle outside the cluster or on its head."""
         numbers = " ".join(f"{budget_w:g}" for budget_w in budgets_w)
-        script = self._home / "set_budgets.py"
-        script.write_text(_SET_BUDGETS)
-        out = self.operate(
-            f"RAY_AUTH_MODE=token python {script} ray://HEAD_ADDRESS:10001 {pause_s} {numbers}", timeout_s=timeout_s
-        )
+        home = self.head.home if on_head else self._home
+        (home / "set_budgets.py").write_text(_SET_BUDGETS)
+        if on_head:
+            out = self.head.run(f"python ~/set_budgets.py auto {pause_s} {numbers}", timeout_s=240).stdout
+        else:
+            command = f"python ~/set_budgets.py ray://HEAD_ADDRESS:10001 {pause_s} {numbers}"
+            out = self.operate(f"RAY_AUTH_MODE=token {command}")
         return [BudgetStep(*json.loads(line)) for line in out.splitlines() if re.match(r"\[[\d.]+, ", line)]
 
     # -- looking on --------------------------------------------------------------------------------------------------

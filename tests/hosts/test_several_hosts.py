@@ -69,8 +69,8 @@ def p99(values):
 
 
 def steps_in_force_s(cluster, sampler, count):
-    """Cut the budget so many times under load, from outside; how long after each call it was kept, at p99, s."""
-    steps = cluster.set_budgets(*[BUDGETS_W["fleet"], LOW_W] * count, BUDGETS_W["fleet"], pause_s=0.5)
+    """Cut the budget so many times under load, on the head; how long after each call it was kept, at p99, s."""
+    steps = cluster.set_budgets(*[BUDGETS_W["fleet"], LOW_W] * count, BUDGETS_W["fleet"], pause_s=0.5, on_head=True)
     kept_s, settled_s, before_w = [], [], []
     for cut, rise in zip(steps[1::2], steps[2::2], strict=True):
         before_w.append(sampler.at_w("fleet", cut.called_s))
