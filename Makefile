@@ -21,6 +21,7 @@ test: $(VENV)/.dev
 	$(PYTEST) tests/ray
 	$(PYTEST) tests/engine
 	$(PYTEST) tests/e2e
+	$(PYTEST) -m "not minutes" tests/hosts
 
 # All of the unit tests but those that go through whole data sets or thousands of steps.
 test-unit: $(VENV)/.dev
@@ -30,8 +31,9 @@ test-ray test-engine test-e2e: test-%: $(VENV)/.dev
 	$(PYTEST) tests/$*
 
 # Several hosts, as network namespaces of this machine: needs root and openssh-server, iproute2, rsync; skipped without.
+# Here also with what takes minutes: hosts and links that are lost. Prints the worst sample and the time of each.
 test-hosts: $(VENV)/.dev
-	$(PYTEST) tests/hosts -rs
+	$(PYTEST) -s tests/hosts
 
 # Looks for new counterexamples: once through all unit tests, then for FUZZ_S seconds against the ledger's invariants.
 FUZZ_S ?= 600

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from ray import serve
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.llm._internal.serve.constants import RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING
 from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
 from ray.llm._internal.serve.core.server.builder import build_llm_deployment
@@ -34,6 +35,9 @@ DEFAULT_CONFIG = EXAMPLES / "tiny.yaml"
 #: What a replica on virtual GPUs needs of Ray: next to no CPU, since its GPUs are modelled.
 _CPU_BUNDLE = {"CPU": 0.2}
 _CPU_ACTOR = {"num_cpus": 0.1}
+
+#: The ingress stays where the head's :8000 and the manager are: no worker takes the APIs with it when it dies.
+_ON_HEAD = {"num_cpus": 0, "resources": {HEAD_NODE_RESOURCE_NAME: 0.001}}
 
 _SCALE_KEYS = ("num_replicas", "autoscaling_config")
 
@@ -79,7 +83,7 @@ def build_application(fleet: FleetConfig) -> Application:
         deployment = build_llm_deployment(config, bind_kwargs={"power": options}, override_serve_options=_scale(model))
         deployments[model.model_id] = _pin_version(deployment, model.llm_config | {"deployment_config": {}}, options)
     ingress_options = PowerIngress.get_deployment_options(configs)
-    ingress_options["ray_actor_options"] = dict(_CPU_ACTOR)
+    ingress_options["ray_actor_options"] = dict(_ON_HEAD)
     ingress_options["autoscaling_config"] = None
     ingress_options["num_replicas"] = 1
     ingress_options["user_config"] = {"config": fleet.model_dump(mode="json"), "version": version_of(fleet)}

@@ -239,8 +239,15 @@ class FleetCore:
             self.send(ledger.plan(None, time.monotonic()))
 
     def node_lost(self, node_id: str) -> None:
-        """A node is dead or cut off."""
+        """A node cannot be reached: all of it stays charged as last known."""
         self.ledger.node_lost(node_id)
+
+    def node_gone(self, node_id: str) -> None:
+        """A node is gone for good: what it was charged is free."""
+        log.warning("node %s is gone: %s are forgotten", node_id, self.roster.forget_node(node_id) or "its parked GPUs")
+        self.ledger.node_gone(node_id)
+        self.save()
+        self._on_change()
 
     # -- the file --------------------------------------------------------------------------------------------------
 

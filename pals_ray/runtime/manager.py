@@ -41,7 +41,7 @@ class GlobalPowerManager:
         self._changed = asyncio.Event()
         self._core = FleetCore(storage_path, ray.get_runtime_context().get_session_name(), self._changed.set)
         self._budget = BudgetDesk(self._core)
-        self._keeper = AgentKeeper(self._core.roster, self._core.node_lost)
+        self._keeper = AgentKeeper(self._core.roster, self._core.node_lost, self._core.node_gone)
         self._excess = ExcessMeter(time.monotonic())
         self._qos = QosBook()
         self._metrics = FleetMetrics()
@@ -126,6 +126,9 @@ class GlobalPowerManager:
         rebuilding, why = ledger.rebuilding(now_s)
         if rebuilding:
             notes.append(why)
+        lost = [node.node_id[:8] for node in ledger.nodes() if node.lost]
+        if lost:
+            notes.append(f"node {', '.join(lost)} cannot be reached: its GPUs stay charged what they last had")
         facts = FleetFacts(
             policy=config.policy,
             version=core.state.version,
@@ -199,4 +202,4 @@ class GlobalPowerManager:
         self._metrics.export(self._status())
 
     def _look_after_agents(self) -> None:
-        self._keeper.look_after(time.monotonic())
+        self._keeper.look_after(time.monotonic(), [node.node_id for node in self._core.ledger.nodes()])

@@ -32,7 +32,9 @@ class Roster:
         """An agent that the ledger has welcomed, its replica's first or another one; and what predicts the replica."""
         spec = registration.spec
         for gpu in registration.managed:
-            self.devices.setdefault(gpu.info.uuid, Device(spec.node_id, gpu, gpu.limit_w, 0.0))
+            known_device = self.devices.get(gpu.info.uuid)
+            if known_device is None or known_device.node_id != spec.node_id:  # or its node came back under another id
+                self.devices[gpu.info.uuid] = Device(spec.node_id, gpu, gpu.limit_w, 0.0)
         known = self.members.get(spec.replica_id)
         self.members[spec.replica_id] = Member(spec, known.beat if known else None, model)
         self.handles[spec.replica_id] = agent
@@ -62,6 +64,14 @@ class Roster:
         """A replica has gone for good."""
         for book in (self.members, self.handles, self._heard_s):
             book.pop(replica_id, None)
+
+    def forget_node(self, node_id: str) -> list[str]:
+        """A node has gone for good, its replicas and GPUs with it; the replicas that there were."""
+        there = [name for name, member in self.members.items() if member.spec.node_id == node_id]
+        for name in there:
+            self.forget(name)
+        self.devices = {uuid: device for uuid, device in self.devices.items() if device.node_id != node_id}
+        return there
 
     def silence_s(self, replica_id: str, now_s: float) -> float:
         """How long a member has not been heard, s."""

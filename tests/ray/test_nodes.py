@@ -1,5 +1,6 @@
 """Two raylets as two nodes: one budget over both, and domains by node label."""
 
+import psutil
 import pytest
 
 from tests.support.fleets import sampled_limits, wait_for
@@ -53,3 +54,20 @@ def test_a_node_that_does_not_fit_the_budget_is_refused_with_the_watts_and_the_f
     assert [row.replica_id for row in fleet.status().replicas] == [here.id]
     wait_for(lambda: fleet.limits_w() == before, 3, "the first node lost its watts", 0.05)
     assert [gpu.limit_w() for gpu in fleet.gpus_of(key_b)] == [400] * 4, "a refused node was touched"
+
+
+def test_a_node_whose_raylet_is_gone_is_forgotten_and_its_watts_are_handed_on(fleet, second):
+    fleet.configure(1200)
+    key_b = f"{fleet.key}-b"
+    here, there = fleet.replica(2), fleet.replica(2, node_id=second.node_id, key=key_b)
+    fleet.register(here, there)
+    for replica, gpus in ((here, fleet.gpus), (there, fleet.gpus_of(key_b))):
+        replica.claim([gpu.uuid for gpu in gpus[:2]])
+    wait_for(lambda: fleet.limits_w() == [300, 300, 100, 100], 10, "the watts are not handed out", 0.05)
+    psutil.Process(second.all_processes["raylet"][0].process.pid).kill()
+    there.kill()
+    took_s = wait_for(lambda: fleet.limits_w() == [400, 400, 100, 100], 20, "its watts are not handed on", 0.05)
+    print(f"\nhanded on {took_s:.1f} s after the raylet was killed")
+    status = fleet.status()
+    assert [row.replica_id for row in status.replicas] == [here.id]
+    assert {gpu.node_id for gpu in status.gpus} == {fleet.node_id}

@@ -146,6 +146,17 @@ async def test_what_is_on_disk_is_taken_up_with_the_next_epoch(core, agents, gpu
     assert set(newer.roster.specs) == {"a", "b"}
 
 
+async def test_a_node_that_cannot_be_reached_stays_charged_and_one_that_is_gone_is_forgotten(core, agents, tmp_path):
+    core.node_lost("node")
+    assert core.ledger.reserved_w() == pytest.approx(900, abs=1)
+    assert set(core.roster.members) == {"a", "b"}
+    core.node_gone("node")
+    assert core.ledger.reserved_w() == pytest.approx(0, abs=1e-6)
+    assert (core.roster.members, core.roster.devices, core.ledger.nodes()) == ({}, {}, ())
+    newer = FleetCore(str(tmp_path), "session", lambda: None)
+    assert newer.state.nodes == (), "the next manager would charge it again"
+
+
 async def test_targets_reach_the_agents_with_their_part_of_the_tokens(core, agents):
     core.change_target("m", {"throughput_tokens_per_s": 100.0, "priority": 2})
     core.divide()
