@@ -185,20 +185,24 @@ def test_the_budget_holds_at_every_sample_while_both_models_are_loaded(serve, en
 async def _loaded_budget_moves():
     """16 streams a model for 60 s; 1,200 -> 450 -> 1,200 W at a third and two thirds; sampled every 10 ms."""
     fleet, shape = pals_ray.connect(), RequestShape(prompt_tokens=64, output_tokens=96)
-    figures = {"settle_s": {}, "tokens_per_s": {}, "late_share": [], "modelled_over_wall": []}
+    figures = {"settle_s": {}, "tokens_per_s": {}, "caps_w": {}, "late_share": [], "modelled_over_wall": []}
     with fleets.sampled_limits() as samples:
         async with ClosedLoop(URL, MODELS[0], 16, shape) as dense, ClosedLoop(URL, MODELS[1], 16, shape) as moe:
             for phase, budget_w in (("1200", None), ("450", 450), ("1200 again", 1200)):
                 if budget_w is not None:
                     called_s = time.monotonic()
                     await fleet.set_budget_async(budget_w)
-                await asyncio.sleep(20)
-                seen = await fleet.status_async()
+                await asyncio.sleep(5)
+                before, began_s = await fleet.status_async(), time.monotonic()
+                await asyncio.sleep(15)
+                seen, over_s = await fleet.status_async(), time.monotonic() - began_s
                 if budget_w is not None:
                     figures["settle_s"][phase] = samples.last_over(budget_w, called_s)
+                made = {r.model: -r.telemetry.tokens for r in before.replicas}
                 figures["tokens_per_s"][phase] = {
-                    r.model: round(r.telemetry.throughput_tokens_per_s, 1) for r in seen.replicas
+                    r.model: round((made[r.model] + r.telemetry.tokens) / over_s, 1) for r in seen.replicas
                 }
+                figures["caps_w"][phase] = {r.model: r.cap_w for r in seen.replicas}
                 figures["late_share"] += [r.telemetry.late_share for r in seen.replicas]
                 figures["modelled_over_wall"] += [r.telemetry.modelled_over_wall for r in seen.replicas]
             figures["status"] = httpx.get(f"{URL}/power").json()

@@ -63,7 +63,7 @@ def test_a_node_whose_raylet_is_gone_is_forgotten_and_its_watts_are_handed_on(fl
     fleet.register(here, there)
     for replica, gpus in ((here, fleet.gpus), (there, fleet.gpus_of(key_b))):
         replica.claim([gpu.uuid for gpu in gpus[:2]])
-    wait_for(lambda: fleet.limits_w() == [300, 300, 100, 100], 10, "the watts are not handed out", 0.05)
+    wait_for(lambda: fleet.limits_w() == [200, 200, 100, 100], 10, "the watts are not handed out", 0.05)
     psutil.Process(second.all_processes["raylet"][0].process.pid).kill()
     there.kill()
     took_s = wait_for(lambda: fleet.limits_w() == [400, 400, 100, 100], 20, "its watts are not handed on", 0.05)
