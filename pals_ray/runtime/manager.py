@@ -193,6 +193,7 @@ class GlobalPowerManager:
                     act()
                 except Exception:
                     log.exception("a beat failed; the next one comes in %g s", BEAT_S)
+                await asyncio.sleep(0)  # a cut that came meanwhile goes first
 
     def _count(self) -> None:
         """Draw above the budget, what the models' clients had of it, and all that as metrics."""
