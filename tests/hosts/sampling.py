@@ -45,7 +45,7 @@ class LimitSampler:
                 self._gpus[key] = VirtualDriver.attach(key).gpus()
         self._a_w, self._b = a_w, b
         #: What it has seen: time and sum of each group, a row of numbers each.
-        self._seen = tempfile.TemporaryFile(dir=SHARED_MEMORY, buffering=0)
+        self._seen = tempfile.TemporaryFile(dir=SHARED_MEMORY, buffering=0)  # noqa: SIM115  (read after the end, too)
         self._looker = multiprocessing.get_context("fork").Process(target=self._run, daemon=True)
 
     def __enter__(self) -> LimitSampler:
