@@ -64,6 +64,7 @@ def _find_or_make_manager(storage_path: str) -> Any:
             # On the head node, where its file is: on another it would die with that, and start without its memory.
             resources={HEAD_NODE_RESOURCE_NAME: 0.001},
             max_concurrency=1000,
+            enable_task_events=False,
             runtime_env=_LIGHT,
         )
         return options.remote(storage_path)
@@ -87,6 +88,7 @@ def _find_or_make_agent(spec: AgentSpec) -> Any:
         num_cpus=0,
         num_gpus=0,
         max_concurrency=16,
+        enable_task_events=False,
         runtime_env=_LIGHT,
         scheduling_strategy=NodeAffinitySchedulingStrategy(spec.node_id, soft=False),
     )

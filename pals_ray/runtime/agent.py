@@ -28,6 +28,7 @@ from pals_ray.runtime.node import enrol, find_raylet, is_ours, keep_guardian, ki
 from pals_ray.types import Grant, NotConfigured, PalsError
 
 BEAT_S = 0.5
+GUARDIAN_S = 2.0
 CALL_TIMEOUT_S = 5.0
 START_DEADLINE_S = 120.0
 
@@ -54,6 +55,7 @@ class PowerAgent:
         self._unmanaged_w = 0.0
         self._tasks: list[asyncio.Task[None]] = []
         self._leaving = False
+        self._manager: Any | None = None
 
     # -- what others call ------------------------------------------------------------------------------------------
 
@@ -69,9 +71,9 @@ class PowerAgent:
             raise
         self._watch_replica()
         self._tasks = [
-            asyncio.create_task(self._every_beat(self._hold, "hold its point")),
-            asyncio.create_task(self._every_beat(self._tell, "reach the manager")),
-            asyncio.create_task(self._every_beat(self._see_to_guardian, "keep the node's guardian")),
+            asyncio.create_task(self._every(BEAT_S, self._hold, "hold its point")),
+            asyncio.create_task(self._every(BEAT_S, self._tell, "reach the manager")),
+            asyncio.create_task(self._every(GUARDIAN_S, self._see_to_guardian, "keep the node's guardian")),
         ]
 
     async def claim(self, uuids: list[str], max_batch: int) -> None:
@@ -183,15 +185,15 @@ class PowerAgent:
 
     # -- the beat --------------------------------------------------------------------------------------------------
 
-    async def _every_beat(self, act: Callable[[], Awaitable[None]], what: str) -> None:
-        """Do it every beat, whatever goes wrong in one."""
+    async def _every(self, period_s: float, act: Callable[[], Awaitable[None]], what: str) -> None:
+        """Do it once a period, whatever goes wrong in one."""
         due_s = time.monotonic()
         while not self._leaving:
             try:
                 await act()
             except Exception:
-                log.exception("%s: could not %s in this beat", self._spec.replica_id, what)
-            due_s = max(due_s + BEAT_S, time.monotonic())
+                log.exception("%s: could not %s this time", self._spec.replica_id, what)
+            due_s = max(due_s + period_s, time.monotonic())
             await asyncio.sleep(due_s - time.monotonic())
 
     async def _hold(self) -> None:
@@ -202,11 +204,16 @@ class PowerAgent:
 
     async def _tell(self) -> None:
         """Report to whichever manager there is, and obey its answer."""
-        async with asyncio.timeout(CALL_TIMEOUT_S):
-            manager = await ensure_manager(self._spec.storage_path)
-            await self._beat(manager)
-            if not self._hands.session:
-                await self._register(CALL_TIMEOUT_S)
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                if self._manager is None:
+                    self._manager = await ensure_manager(self._spec.storage_path)
+                await self._beat(self._manager)
+                if not self._hands.session:
+                    await self._register(CALL_TIMEOUT_S)
+        except BaseException:
+            self._manager = None  # the next beat looks for whichever there is then
+            raise
 
     async def _see_to_guardian(self) -> None:
         await asyncio.to_thread(keep_guardian, self._spec.node_key)
