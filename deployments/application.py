@@ -148,6 +148,8 @@ def _llm_config(model: ModelConfig, hardware: HardwareSpec) -> LLMConfig:
     for key in _SCALE_KEYS:
         deployment.pop(key, None)
     deployment.setdefault("health_check_period_s", 2)
+    # Serve gives a replica up after three of these. Over a link that is mended after 30 s TCP may be silent for 55.
+    deployment.setdefault("health_check_timeout_s", 25)
     deployment.setdefault("request_router_config", dict(ROUTER_CONFIG))
     deployment.setdefault("max_constructor_retry_count", 2)
     # Here, not in the replica: Serve LLM settles the engine's arguments when the application is built.

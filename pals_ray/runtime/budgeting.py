@@ -61,7 +61,7 @@ class BudgetDesk:
         async with self.lock:
             core, ledger = self._core, self._core.ledger  # a redeploy may have opened another while this waited
             before_w = ledger.budget_w
-            commands = ledger.set_budget(float(budget_w), time.monotonic())
+            commands = core.send_cuts(ledger.set_budget(float(budget_w), time.monotonic()))
             try:
                 core.store(budget_w=float(budget_w), plan=None)
             except StorageError:

@@ -221,6 +221,15 @@ class FleetCore:
         shares = self._divider.shares(snapshot, self.roster.models, self.desk.holds)
         self.send(ledger.plan(shares, snapshot.now_s))
 
+    def send_cuts(self, commands: Commands) -> Commands:
+        """Send what only lowers caps, before anything is written down; returns the rest, for `send`.
+
+        A disk may take longer than a cut has. Lost with this manager, a cut costs speed: what is on disk charges no
+        less, and raises it again.
+        """
+        self.courier.send(Commands(cuts=commands.cuts))
+        return replace(commands, cuts=())
+
     def send(self, commands: Commands) -> None:
         """Write down what has to outlive us, then send."""
         if self.ledger.unsaved:

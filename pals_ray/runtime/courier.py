@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -29,24 +29,25 @@ class Courier:
         self._under_way: set[asyncio.Task[None]] = set()
 
     def send(self, commands: Commands) -> None:
-        """Cuts first, then raises, then parking; waits for none of them."""
+        """Cuts first, then raises, then parking: all under way when this returns, whatever the caller does next."""
         for grant in (*commands.cuts, *commands.raises):
             self._push(grant.replica_id, "apply", grant)
         for order in commands.parks:
             self._push(order.executor, "park", order)
 
     def _push(self, replica_id: str, method: str, order: Grant | ParkOrder) -> None:
-        task = asyncio.create_task(self._deliver(replica_id, method, order))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
-
-    async def _deliver(self, replica_id: str, method: str, order: Grant | ParkOrder) -> None:
         handle = self._handles.get(replica_id)
         if handle is None:
             return
+        answer = getattr(handle, method).remote(order)
+        task = asyncio.create_task(self._hear(replica_id, method, answer))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+
+    async def _hear(self, replica_id: str, method: str, answer: Awaitable[AgentReport]) -> None:
         try:
             async with asyncio.timeout(PUSH_TIMEOUT_S):
-                report: AgentReport = await getattr(handle, method).remote(order)
+                report = await answer
         except (RayActorError, TimeoutError) as error:
             log.warning("%s did not confirm %s: %s", replica_id, method, error)
             return

@@ -6,6 +6,7 @@ It decides nothing itself: the policy divides, the ledger says what may be sent,
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ class GlobalPowerManager:
     """Owns budget and ledger; hears every agent, divides by policy once a second and whenever something changes."""
 
     def __init__(self, storage_path: str) -> None:
+        gc.freeze()  # as in the agents
         self._changed = asyncio.Event()
         self._core = FleetCore(storage_path, ray.get_runtime_context().get_session_name(), self._changed.set)
         self._budget = BudgetDesk(self._core)
@@ -193,6 +195,7 @@ class GlobalPowerManager:
                     act()
                 except Exception:
                     log.exception("a beat failed; the next one comes in %g s", BEAT_S)
+                await asyncio.sleep(0)  # a cut that came meanwhile goes first
 
     def _count(self) -> None:
         """Draw above the budget, what the models' clients had of it, and all that as metrics."""

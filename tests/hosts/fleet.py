@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.synchronize import Event
@@ -95,6 +96,8 @@ def loaded(cluster: HostCluster, streams: int = 8) -> Iterator[None]:
 
 
 def _ask(url: str, streams: int, stop: Event) -> None:
+    os.nice(15)  # as Ray's workers: clients have machines of their own
+
     async def run() -> None:
         loops = [ClosedLoop(url, model, streams, RequestShape(32, 64), timeout_s=20) for model in MODELS]
         async with loops[0], loops[1]:

@@ -7,16 +7,22 @@ Watts are at node level, as budgets are: each node's overhead `a_w`, and `1 + b`
 
 from __future__ import annotations
 
+import gc
 import itertools
+import multiprocessing
 import os
-import threading
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 
+import numpy as np
+
 from pals_ray.gpus.base import GpuDriverMissingError
 from pals_ray.gpus.virtual import VirtualDriver, VirtualGpu
+from tests.hosts.slow_link import go_before_all
+from tests.support.fleets import SHARED_MEMORY
 
 PERIOD_S = 0.01
 #: Two sums of the same limits may differ by so much, W.
@@ -24,7 +30,10 @@ ROUNDING_W = 0.01
 
 
 class LimitSampler:
-    """Sums of limits in groups of nodes (a fleet, its domains) every 10 ms; times are s of the monotonic clock."""
+    """Sums of limits in groups of nodes (a fleet, its domains) every 10 ms; times are s of the monotonic clock.
+
+    Looks from a process of its own that goes before all others: this one's threads wait for one another.
+    """
 
     def __init__(self, groups: Mapping[str, Sequence[str]], a_w: float, b: float) -> None:
         """`groups` names node keys. A node that is not the fleet's yet counts from when all of it is parked."""
@@ -35,24 +44,34 @@ class LimitSampler:
             with suppress(GpuDriverMissingError):
                 self._gpus[key] = VirtualDriver.attach(key).gpus()
         self._a_w, self._b = a_w, b
-        self.rows: list[tuple[float, dict[str, float]]] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        #: What it has seen: time and sum of each group, a row of numbers each.
+        self._seen = tempfile.TemporaryFile(dir=SHARED_MEMORY, buffering=0)  # noqa: SIM115  (read after the end, too)
+        self._looker = multiprocessing.get_context("fork").Process(target=self._run, daemon=True)
 
     def __enter__(self) -> LimitSampler:
-        self._thread.start()
+        self._looker.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._stop.set()
-        self._thread.join()
+        self._looker.kill()
+        self._looker.join()
+
+    @property
+    def rows(self) -> list[tuple[float, dict[str, float]]]:
+        """Every sample so far: when, and the sum of each group, W."""
+        width = 1 + len(self.groups)
+        seen = np.frombuffer(os.pread(self._seen.fileno(), os.fstat(self._seen.fileno()).st_size, 0))
+        seen = seen[: len(seen) // width * width].reshape(-1, width).tolist()
+        return [(at_s, dict(zip(self.groups, watts, strict=True))) for at_s, *watts in seen]
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -10)  # engines would keep two cores from it
+        go_before_all()
+        gc.disable()
         due_s = time.monotonic()
-        while not self._stop.wait(max(due_s - time.monotonic(), 0.0)):
+        while True:
+            time.sleep(max(due_s - time.monotonic(), 0.0))
             due_s = max(due_s + PERIOD_S, time.monotonic())
-            self.rows.append((time.monotonic(), self._look()))
+            self._seen.write(np.array([time.monotonic(), *self._look().values()]).tobytes())
 
     def _look(self) -> dict[str, float]:
         for key in self._keys - self._gpus.keys():
