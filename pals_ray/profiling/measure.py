@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from pals_ray.control.holds import HoldRefused
-from pals_ray.control.telemetry import Reading, TelemetryWindow
+from pals_ray.control.telemetry import Reading, between
 from pals_ray.models.profile import ProfileSample
 from pals_ray.profiling.load import ClosedLoop
 from pals_ray.profiling.steady import SteadyRule, Window, first_tokens, steady_window
@@ -204,10 +204,7 @@ def _requests(reading: Reading) -> int:
 
 
 def _sample(window: Window, point: OperatingPoint, subject: Subject) -> ProfileSample:
-    whole = TelemetryWindow(rate_s=window.elapsed_s, latency_s=window.elapsed_s)
-    whole.add(window.first)
-    whole.add(window.last)
-    seen = whole.summary()
+    seen = between(window.first, window.last)
     return ProfileSample(
         power_cap_w=point.cap_w,
         batch_limit=point.batch_limit,
