@@ -116,7 +116,7 @@ async def run_live(
         await replica.idle()
         if held_at is not None:
             await replica.hold(held_at)
-    readings = []
+    readings: list[Readings] = []
     async with _load(traces) as until:
         for number, look_s in enumerate(looks_s, start=1):
             await until(look_s)
