@@ -16,6 +16,7 @@ from rich.table import Table
 
 from pals_ray.cli.served_fleet import URL, BenchError, ServedFleet, default_fleet, model_ids, served_fleet
 from pals_ray.config import FleetConfig, parse_fleet_config
+from pals_ray.control.telemetry import LATENCY_S
 from pals_ray.engine.block import ControlBlock, block_path
 from pals_ray.evaluation.side_by_side import (
     LIMITS,
@@ -109,13 +110,18 @@ async def live_setting(fleet: Fleet, key: str, config: FleetConfig) -> SimSettin
 async def run_live(
     fleet: Fleet, replicas: Replicas, stage: Stage, traces: Traces, looks_s: tuple[float, ...]
 ) -> LiveRun:
-    """One stage on the live fleet, from when nothing runs."""
+    """One stage on the live fleet, from when nothing runs; where the policy is to decide, from when its telemetry
+    reaches back to nothing else."""
     held_at = stage.point if isinstance(stage, HeldPoint) else None
     await fleet.set_budget_async(HELD_BUDGET_W if isinstance(stage, HeldPoint) else stage.before_w)
     for replica in replicas.values():
         await replica.idle()
         if held_at is not None:
             await replica.hold(held_at)
+        else:
+            await replica.release()
+    if held_at is None:
+        await asyncio.sleep(LATENCY_S)
     readings: list[Readings] = []
     async with _load(traces) as until:
         for number, look_s in enumerate(looks_s, start=1):

@@ -76,14 +76,14 @@ class BudgetStep:
 
 Stage = HeldPoint | BudgetStep
 
-#: The step comes first, while no controller has learnt anything yet. Then caps that bind hardly, clearly and hard;
-#: batches that come and go, and full ones, a small one among them.
+#: Caps that bind hardly, clearly and hard; batches that come and go, and full ones, a small one among them. The step
+#: comes last: in their first minute under load engines that have just started stall for seconds, which controllers see.
 STAGES: tuple[Stage, ...] = (
-    BudgetStep(1200.0, 600.0, 0.7),
     HeldPoint(OperatingPoint(400.0, 32), 0.7),
     HeldPoint(OperatingPoint(250.0, 32), 1.2),
     HeldPoint(OperatingPoint(150.0, 16), 1.2),
     HeldPoint(OperatingPoint(300.0, 4), 1.2),
+    BudgetStep(1200.0, 600.0, 0.7),
 )
 
 

@@ -122,6 +122,7 @@ class HeldReplica:
 
     async def release(self) -> None:
         """Give the replica back to the policy."""
+        self._point = None
         with suppress(PalsError, RayActorError), own_errors():
             await self._manager.release.remote(self.subject.replica_id, self._owner)
 
