@@ -25,6 +25,7 @@ from pals_ray.cli.operate import overhead, policies, target
 from pals_ray.cli.profile import profile
 from pals_ray.cli.simulate import simulate
 from pals_ray.cli.tables import status_view
+from pals_ray.cli.validate_simulation import validate_simulation
 from pals_ray.types import FleetStatus, PalsError
 
 app = typer.Typer(help="Power-aware LLM serving on Ray: one budget of watts for a fleet of vLLM replicas.")
@@ -45,6 +46,7 @@ app.command()(policies)
 app.command()(profile)
 app.command()(simulate)
 app.command()(target)
+app.command()(validate_simulation)
 
 STATUS_JSON = TypeAdapter(FleetStatus)
 console = Console()

@@ -75,6 +75,15 @@ def _ever_in(engine: EngineTelemetry) -> int:
     return engine.requests_finished + engine.running + engine.waiting
 
 
+def between(first: Reading, last: Reading) -> ReplicaTelemetry:
+    """What a replica did between two readings: rates, power and latencies of all that time."""
+    elapsed_s = last.time_s - first.time_s
+    window = TelemetryWindow(rate_s=elapsed_s, latency_s=elapsed_s)
+    window.add(first)
+    window.add(last)
+    return window.summary()
+
+
 class TelemetryWindow:
     """The recent readings of one replica. Rates and power are over `rate_s`, latencies over `latency_s`."""
 

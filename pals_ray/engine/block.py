@@ -36,7 +36,7 @@ BLOCK_VARIABLE = "PALS_CONTROL_BLOCK"
 
 _DIRECTORY = Path("/dev/shm")
 _MAGIC = int.from_bytes(b"PALSCTRL", "little")
-_VERSION = 2
+_VERSION = 3
 _NUM_BINS = len(LATENCY_EDGES_S) + 1
 _I, _F = np.int64, np.float64
 _LAYOUT = np.dtype(
@@ -50,6 +50,8 @@ _LAYOUT = np.dtype(
         ("engine_pid", _I),
         ("engine_start_ticks", _I),
         ("max_batch", _I),
+        ("step_tokens", _I),
+        ("kv_tokens", _I),
         ("scheduler_heartbeat_ns", _I),
         ("limit_in_force", _I),
         ("scheduler_running", _I),
@@ -85,10 +87,12 @@ class BlockError(PalsError):
 @dataclass(frozen=True, slots=True)
 class SchedulerReading:
     """What the scheduler last wrote. `heartbeat_ns` is CLOCK_MONOTONIC, 0 before it was constructed; `waiting`
-    includes requests that vLLM skipped for now."""
+    includes requests that vLLM skipped for now. A step takes at most `step_tokens`, the KV cache holds `kv_tokens`."""
 
     heartbeat_ns: int
     max_batch: int
+    step_tokens: int
+    kv_tokens: int
     limit_in_force: int
     running: int
     waiting: int
@@ -180,6 +184,8 @@ class ControlBlock:
         return SchedulerReading(
             heartbeat_ns=self._get("scheduler_heartbeat_ns"),
             max_batch=self._get("max_batch"),
+            step_tokens=self._get("step_tokens"),
+            kv_tokens=self._get("kv_tokens"),
             limit_in_force=self._get("limit_in_force"),
             running=self._get("scheduler_running"),
             waiting=self._get("scheduler_waiting"),

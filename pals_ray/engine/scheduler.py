@@ -35,7 +35,11 @@ class PowerAwareScheduler(AsyncScheduler):  # type: ignore[misc]
             raise BlockError(
                 f"PowerAwareScheduler needs {BLOCK_VARIABLE} to name a control block: the pals_ray LLM server sets it"
             )
-        self._pals_hook = SchedulerHook(ControlBlock.attach(path), self.max_num_running_reqs)
+        block = ControlBlock.attach(path)
+        self._pals_hook = SchedulerHook(block, self.max_num_running_reqs)
+        block.field("step_tokens")[0] = self.max_num_scheduled_tokens
+        cache = self.kv_cache_config
+        block.field("kv_tokens")[0] = cache.num_blocks // max(len(cache.kv_cache_groups), 1) * self.block_size
         # Newer vLLM limits admission apart from the runner's slots (vllm pull request 56758).
         self._pals_attribute = "max_num_active_reqs" if hasattr(self, "max_num_active_reqs") else "max_num_running_reqs"
 

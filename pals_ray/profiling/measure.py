@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from pals_ray.control.holds import HoldRefused
-from pals_ray.control.telemetry import Reading, TelemetryWindow
+from pals_ray.control.telemetry import Reading, between
 from pals_ray.models.profile import ProfileSample
 from pals_ray.profiling.load import ClosedLoop
 from pals_ray.profiling.steady import SteadyRule, Window, first_tokens, steady_window
@@ -122,6 +122,7 @@ class HeldReplica:
 
     async def release(self) -> None:
         """Give the replica back to the policy."""
+        self._point = None
         with suppress(PalsError, RayActorError), own_errors():
             await self._manager.release.remote(self.subject.replica_id, self._owner)
 
@@ -204,10 +205,7 @@ def _requests(reading: Reading) -> int:
 
 
 def _sample(window: Window, point: OperatingPoint, subject: Subject) -> ProfileSample:
-    whole = TelemetryWindow(rate_s=window.elapsed_s, latency_s=window.elapsed_s)
-    whole.add(window.first)
-    whole.add(window.last)
-    seen = whole.summary()
+    seen = between(window.first, window.last)
     return ProfileSample(
         power_cap_w=point.cap_w,
         batch_limit=point.batch_limit,

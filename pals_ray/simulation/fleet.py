@@ -81,7 +81,10 @@ def build(setting: SimSetting, offered: Offered) -> Fleet:
     nodes, parked = {}, {}
     for node in fleet.nodes:
         nodes[node.name] = _node_info(node)
-        dies, factors = factors[: node.num_gpus], factors[node.num_gpus :]
+        drawn, factors = factors[: node.num_gpus], factors[node.num_gpus :]
+        dies = drawn if node.dies is None else list(node.dies)
+        if len(dies) != node.num_gpus:
+            raise SimulationError(f"node {node.name} has {node.num_gpus} GPUs, but {len(dies)} dies are given")
         used = 0
         for name in node.replicas:
             model = fleet.model(name)

@@ -80,7 +80,10 @@ class SimModel:
 
 @dataclass(frozen=True, slots=True)
 class SimNode:
-    """One node: `replicas` names the model of each replica on it, in order of its GPUs; those left over are parked."""
+    """One node: `replicas` names the model of each replica on it, in order of its GPUs; those left over are parked.
+
+    `dies` holds each GPU's factor on dynamic power, in the same order (None: drawn by the seed).
+    """
 
     name: str
     gpu: str
@@ -88,6 +91,7 @@ class SimNode:
     replicas: tuple[str, ...]
     domain: str | None = None
     overhead: Overhead = field(default_factory=Overhead)
+    dies: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

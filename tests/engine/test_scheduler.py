@@ -162,3 +162,8 @@ def test_a_scheduler_without_a_block_says_what_is_missing(vllm_config, monkeypat
     monkeypatch.delenv(BLOCK_VARIABLE, raising=False)
     with pytest.raises(BlockError, match=BLOCK_VARIABLE):
         make_scheduler(vllm_config)
+
+
+def test_the_limits_of_a_step_and_of_the_cache_are_published(scheduler, block):
+    said = block.scheduler()
+    assert (said.max_batch, said.step_tokens, said.kv_tokens) == (MAX_BATCH, 512, 1000 * BLOCK_TOKENS)

@@ -1,0 +1,265 @@
+"""The same short scenario on a live fleet and in the simulator: the live fleet's simulated twin, the same requests for
+both, and how far apart what comes of them is. `pals validate-simulation` runs the live side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pals_ray.config import FleetConfig
+from pals_ray.control.schedule import Entry, Schedule
+from pals_ray.control.telemetry import Reading, between
+from pals_ray.evaluation.runs import fixed_at
+from pals_ray.models.prior import RooflineModel, Workload
+from pals_ray.models.specs import Parallelism, find_gpu
+from pals_ray.runtime.policies import load_policy
+from pals_ray.runtime.predictors import Predictors
+from pals_ray.simulation.run import Run
+from pals_ray.simulation.setting import (
+    ConstantBudget,
+    Requests,
+    ScheduledBudget,
+    SimFleet,
+    SimModel,
+    SimNode,
+    SimSetting,
+)
+from pals_ray.simulation.traces import Trace, poisson
+from pals_ray.types import OperatingPoint, ReplicaTelemetry
+
+#: What is compared, and how far the simulator may be off, as a share of the live figure.
+LIMITS = {"tokens_per_s": 0.10, "power_w": 0.10, "itl_p50_s": 0.15}
+#: What comes this soon after a load has begun, or the budget has fallen, is not compared, s.
+SETTLE_S = 12.0
+#: The simulated fleet is idle for so long before its load begins, as the live one is, s.
+LEAD_S = 10.0
+
+#: Readings of every model at one instant; requests of every model.
+Readings = Mapping[str, Reading]
+Traces = Mapping[str, Trace]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldPoint:
+    """A point at which every replica is held. `load` is the offered share of what the roofline says is served there:
+    above 1 requests queue and the batch is full, below it what is served is what comes."""
+
+    point: OperatingPoint
+    load: float
+
+    @property
+    def windows(self) -> tuple[str, ...]:
+        """What is compared, one window after another."""
+        return (f"{self.point.cap_w:g} W, batch {self.point.batch_limit}, load {self.load:g}",)
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetStep:
+    """A budget that falls after the first window while a load goes on and the fleet's policy divides it, W at node
+    level. `load` is the share of what is served at the highest cap and the start batch."""
+
+    before_w: float
+    after_w: float
+    load: float
+
+    @property
+    def windows(self) -> tuple[str, ...]:
+        """As in `HeldPoint`."""
+        before, after = f"{self.before_w:g} W", f"{self.after_w:g} W"
+        return f"budget {before}, load {self.load:g}", f"budget {before} -> {after}"
+
+
+Stage = HeldPoint | BudgetStep
+
+#: Caps that bind hardly, clearly and hard; batches that come and go, and full ones, a small one among them. The step
+#: comes last: in their first minute under load engines that have just started stall for seconds, which controllers see.
+STAGES: tuple[Stage, ...] = (
+    HeldPoint(OperatingPoint(400.0, 32), 0.7),
+    HeldPoint(OperatingPoint(250.0, 32), 1.2),
+    HeldPoint(OperatingPoint(150.0, 16), 1.2),
+    HeldPoint(OperatingPoint(300.0, 4), 1.2),
+    BudgetStep(1200.0, 600.0, 0.7),
+)
+
+
+def _lengths() -> Trace:
+    """Prompts of 32 to 160 tokens and outputs of 32 to 96, in every combination of steps of 4 and 2."""
+    prompts, outputs = np.meshgrid(np.arange(32, 161, 4), np.arange(32, 97, 2))
+    return Trace(np.zeros(prompts.size), prompts.reshape(-1), outputs.reshape(-1), 1.0)
+
+
+LENGTHS = _lengths()
+WORKLOAD = Workload(float(LENGTHS.prompt_tokens.mean()), float(LENGTHS.output_tokens.mean()))
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A live replica as the simulator has to know it: its model, the factors of its GPUs' dies, and the limits that
+    its engine's scheduler goes by."""
+
+    model: str
+    dies: tuple[float, ...]
+    max_batch: int
+    step_tokens: int
+    kv_tokens: int
+
+
+def twin(config: FleetConfig, members: Sequence[Member], parked_dies: Sequence[float]) -> SimSetting:
+    """A live fleet as the simulator is to run it: one node, one replica a model, predicted by what its manager takes.
+
+    `parked_dies` are those of the GPUs that no replica holds.
+    """
+    gpu = find_gpu(config.hardware.virtual.gpu).name
+    entries = {model.model_id: model for model in config.models}
+    beliefs = Predictors(config)
+    models = []
+    for member in members:
+        entry = entries[member.model]
+        belief = beliefs.of(member.model, gpu, len(member.dies), virtual=True)
+        models.append(
+            SimModel(
+                name=member.model,
+                spec=entry.known_as,
+                gpu=gpu,
+                parallelism=Parallelism(entry.tensor_parallel, entry.expert_parallel),
+                max_batch=member.max_batch,
+                step_tokens=member.step_tokens,
+                kv_tokens=member.kv_tokens,
+                workload=WORKLOAD,
+                target=entry.target.target(),
+                belief=belief.surface if belief is not None else None,
+            )
+        )
+    dies = (*(die for member in members for die in member.dies), *parked_dies)
+    names = tuple(member.model for member in members)
+    node = SimNode("node", gpu, len(dies), names, overhead=config.overhead.overhead(), dies=dies)
+    return SimSetting(
+        fleet=SimFleet((node,), tuple(models), reserve_w=config.reserve_w, time_scale=config.time_scale),
+        budget=ConstantBudget(config.budget_w),
+        policy=load_policy(config.policy),
+        duration_s=LEAD_S,
+        lease_s=config.lease_s,
+        fail_safe_cap_w=config.fail_safe_cap_w,
+    )
+
+
+def look_times(stage: Stage, seconds: float) -> tuple[float, ...]:
+    """When to read the counters, s since the load began: where each window begins and ends, `SETTLE_S` before each."""
+    starts_s = [i * (SETTLE_S + seconds) + SETTLE_S for i in range(len(stage.windows))]
+    return tuple(time_s for start_s in starts_s for time_s in (start_s, start_s + seconds))
+
+
+def requests_of(stage: Stage, fleet: SimFleet, duration_s: float, seed: int) -> Traces:
+    """Poisson arrivals for every model, for so long. The same arguments give the same requests."""
+    traces = {}
+    for number, model in enumerate(fleet.models):
+        highest = OperatingPoint(find_gpu(model.gpu).max_limit_w, model.max_batch)
+        at = stage.point if isinstance(stage, HeldPoint) else highest
+        roofline = RooflineModel(model.physics, model.workload, fleet.time_scale, model.step_tokens)
+        served = float(roofline.predict(at.cap_w, at.batch_limit).throughput_tokens_per_s)
+        rate_per_s = stage.load * served / WORKLOAD.output_tokens
+        traces[model.name] = poisson(LENGTHS, rate_per_s, duration_s, 10 * seed + number)
+    return traces
+
+
+def simulated(setting: SimSetting, stage: Stage, traces: Traces, looks_s: Sequence[float]) -> list[Readings]:
+    """What the twin's counters say at these times."""
+    if isinstance(stage, HeldPoint):
+        fleet = fixed_at(setting.fleet, {model.name: stage.point for model in setting.fleet.models})
+        setting = replace(setting, fleet=fleet)
+    else:
+        fall = Entry(LEAD_S + looks_s[1], math.inf, stage.after_w)
+        setting = replace(setting, budget=ScheduledBudget(Schedule((fall,)), stage.before_w))
+    requests = {
+        name: Requests(trace.arrival_s + LEAD_S, trace.prompt_tokens, trace.output_tokens)
+        for name, trace in traces.items()
+    }
+    run = Run(replace(setting, duration_s=LEAD_S + max(looks_s)), requests)
+    found: list[Readings] = []
+    for look_s in looks_s:
+        run.events.at(LEAD_S + look_s, lambda now_s: found.append(_readings(run, now_s)))
+    run.result()
+    return found
+
+
+def _readings(run: Run, now_s: float) -> Readings:
+    found = {}
+    for placed in run.fleet.placed:
+        engine = placed.engine
+        engine.read(now_s)
+        found[placed.model.name] = Reading(
+            now_s, engine.telemetry(now_s), engine.energy_j, engine.power_w, engine.binding
+        )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model over one window, live and simulated."""
+
+    model: str
+    what: str
+    live: ReplicaTelemetry
+    simulated: ReplicaTelemetry
+
+    @property
+    def errors(self) -> dict[str, float | None]:
+        """Simulated over live less 1, of each figure of `LIMITS`; None where a side has nothing to say of it."""
+        live, simulated = figures_of(self.live), figures_of(self.simulated)
+        return {name: _error(live[name], simulated[name]) for name in LIMITS}
+
+    @property
+    def within(self) -> bool:
+        """Whether every error is within its limit."""
+        return all(error is not None and abs(error) <= LIMITS[name] for name, error in self.errors.items())
+
+
+def rows_of(stage: Stage, live: Sequence[Readings], twins: Sequence[Readings]) -> list[Row]:
+    """Each model in each window of a stage, by what both sides' counters said at its looks."""
+    rows = []
+    for number, what in enumerate(stage.windows):
+        first, last = 2 * number, 2 * number + 1
+        for model in live[first]:
+            seen = between(live[first][model], live[last][model])
+            rows.append(Row(model, what, seen, between(twins[first][model], twins[last][model])))
+    return rows
+
+
+def figures_of(seen: ReplicaTelemetry) -> dict[str, float | None]:
+    """What is shown of a side: output tokens/s, W of all GPUs of the replica, median ITL and TTFT, s."""
+    return {
+        "tokens_per_s": seen.throughput_tokens_per_s,
+        "power_w": seen.power_w,
+        "itl_p50_s": seen.itl.p50_s,
+        "ttft_p50_s": seen.ttft.p50_s,
+    }
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """The JSON object: every row with both sides and errors, the largest errors, and whether all are within limits."""
+    found = {name: [abs(row.errors[name] or 0.0) for row in rows] for name in LIMITS}
+    return {
+        "within": all(row.within for row in rows),
+        "largest_errors": {name: max(errors) for name, errors in found.items()},
+        "rows": [
+            {
+                "model": row.model,
+                "what": row.what,
+                "live": figures_of(row.live),
+                "simulated": figures_of(row.simulated),
+                "errors": row.errors,
+                "late_share": row.live.late_share,
+                "modelled_over_wall": row.live.modelled_over_wall,
+            }
+            for row in rows
+        ],
+    }
+
+
+def _error(live: float | None, simulated: float | None) -> float | None:
+    return simulated / live - 1.0 if live and simulated is not None else None
