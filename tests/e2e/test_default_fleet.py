@@ -17,7 +17,13 @@ import yaml
 
 import pals_ray
 from deployments.application import DEFAULT_CONFIG
+from pals_ray.cli.validate_simulation import live_setting, run_live
+from pals_ray.config import load_fleet_config
+from pals_ray.evaluation.side_by_side import HeldPoint, requests_of, rows_of, simulated, summary
 from pals_ray.profiling.load import ClosedLoop, RequestShape
+from pals_ray.profiling.measure import held
+from pals_ray.runtime.node import node_key
+from pals_ray.types import OperatingPoint
 from tests.support import fleets
 from tests.support.fleets import URL
 
@@ -295,6 +301,24 @@ def test_a_killed_profiler_leaves_no_hold_behind_and_the_next_goes_on_where_it_w
     ]
     assert samples[0]["throughput_tokens_per_s"] > 4 * samples[1]["throughput_tokens_per_s"]
     assert all(0 < s["itl_p50_s"] < s["ttft_p50_s"] for s in samples)
+
+
+def test_the_simulator_serves_and_draws_what_the_fleet_does(serve):
+    rows = asyncio.run(_side_by_side())
+    print("\n" + json.dumps(summary(rows), indent=1))
+    assert {row.model for row in rows if row.within} == set(MODELS)
+
+
+async def _side_by_side():
+    """Both models held at a cap that binds, 8 s of more requests than they serve."""
+    stage, looks_s = HeldPoint(OperatingPoint(250.0, 16), load=1.5), (4.0, 12.0)
+    fleet, key = pals_ray.connect(), node_key(ray.util.get_node_ip_address())
+    async with held(MODELS[0]) as dense, held(MODELS[1]) as moe:
+        setting = await live_setting(fleet, key, load_fleet_config(DEFAULT_CONFIG))
+        traces = requests_of(stage, setting.fleet, looks_s[-1], seed=7)
+        live = await run_live(fleet, dict(zip(MODELS, (dense, moe), strict=True)), stage, traces, looks_s)
+    await fleet.set_budget_async(1200.0)
+    return rows_of(stage, live.readings, simulated(setting, stage, traces, looks_s))
 
 
 def test_ctrl_c_leaves_no_engine_no_cap_and_no_file(serve):
