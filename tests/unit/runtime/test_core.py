@@ -22,7 +22,7 @@ from pals_ray.runtime.devices import Devices
 from pals_ray.runtime.hands import Hands
 from pals_ray.runtime.hardware import HardwareSpec
 from pals_ray.runtime.messages import AgentSpec, Beat, Registration
-from pals_ray.runtime.storage import storage_file
+from pals_ray.runtime.storage import StorageError, storage_file
 from pals_ray.types import ReplicaTelemetry
 from tests.support.fleets import wait_for
 
@@ -128,6 +128,35 @@ async def test_parked_claimed_and_raised_the_fleet_keeps_the_budget(core, agents
     core.send(core.ledger.set_budget(500.0, 0.0))
     await beats(core, agents, [133.333] * 3 + [100], gpus)
     assert core.ledger.reserved_w() <= 500.0
+
+
+async def test_a_cut_is_under_way_before_the_budget_is_written_down(core, agents, gpus, monkeypatch):
+    order = []
+
+    def sends(agent):
+        apply = agent.apply.remote
+        return lambda grant: order.append(agent.name) or apply(grant)
+
+    for agent in agents:
+        monkeypatch.setattr(agent.apply, "remote", sends(agent))
+    monkeypatch.setattr("pals_ray.runtime.core.write_state", lambda *_: order.append("disk"))
+    await BudgetDesk(core).set(500.0)
+    assert order[:3] == ["a", "b", "disk"]
+    assert [gpu.limit_w() for gpu in gpus] == pytest.approx([133.333] * 3 + [100], abs=0.01)
+
+
+async def test_a_budget_that_cannot_be_written_down_is_refused_and_what_was_cut_for_it_rises_again(
+    core, agents, gpus, monkeypatch
+):
+    def full(*_):
+        raise StorageError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pals_ray.runtime.core.write_state", full)
+        with pytest.raises(StorageError, match="no space"):
+            await BudgetDesk(core).set(500.0)
+    assert (core.ledger.budget_w, core.state.budget_w) == (900.0, 900.0)
+    await beats(core, agents, [266.666] * 3 + [100], gpus)
 
 
 async def test_a_manager_that_lost_its_file_has_a_larger_epoch_and_takes_the_agents_over(core, agents, gpus, tmp_path):
