@@ -98,7 +98,7 @@ def points(
     some places are kept free instead. Latencies are those of as many as run in a crowd.
     `likely` is the demand as the model takes it by the sequences
     that run for it: it tells how many are going to run. `pin_batch_limit` overrides all that. A p99 ITL above
-    `slowest_itl_s`, with what is going to run or with what runs now, makes a cap worse, but lowers no batch.
+    `slowest_itl_s`, with the mean of what is going to run or what runs now, makes a cap worse, but lowers no batch.
     """
     caps = np.arange(len(on.cap_w))
     itl_met = latency_met(replace(target, ttft_p99_s=None), on)
@@ -146,8 +146,9 @@ def points(
     score = np.minimum(on.capacity_tokens_per_s[caps, column], wanted) / wanted if wanted > 0 else np.ones(len(caps))
     if target.itl_p99_s is not None:
         score = score * target.itl_p99_s / np.maximum(itl_s, target.itl_p99_s)
-    crowded = np.minimum(np.searchsorted(on.batch, now_running), column)
-    score = score * np.minimum(slowest_itl_s / np.maximum(itl_s, on.itl_p99_s[caps, crowded]), 1.0)
+    # Nobody's tail is to be kept here, and what runs now is seen: a crowd that may come is not paid for beforehand.
+    now = np.minimum(np.searchsorted(on.batch, now_running), column)
+    score = score * np.minimum(slowest_itl_s / np.maximum(there(on.itl_p99_s), on.itl_p99_s[caps, now]), 1.0)
     if target.ttft_p99_s is not None:
         # Once all places are taken, requests wait for one to end.
         places = on.batch[column] / (running + BUSY_SIGMAS * np.sqrt(running))

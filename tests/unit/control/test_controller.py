@@ -222,6 +222,22 @@ def test_clients_that_wait_for_their_answers_are_not_taken_for_less_and_less_dem
     assert {d.point.batch_limit for d in loop.decisions} == {32}
 
 
+def test_without_limits_no_watts_are_spent_on_a_crowd_that_a_fixed_number_of_clients_never_makes():
+    full = make_loop("Qwen3-32B", "A100-SXM", 32, output=600.0)
+    full.keep(16, prompt=64, output=96)
+    full.plant.run_closed(30.0, full.clients)
+
+    loop = make_loop("Qwen3-32B", "A100-SXM", 32, output=600.0)
+    loop.keep(16, prompt=64, output=96)
+    loop.run(30)
+    tokens, joules, since_s = loop.plant.generated, loop.plant.energy_j, loop.plant.now_s
+    loop.run(30)
+    passed_s = loop.plant.now_s - since_s
+    assert (loop.plant.generated - tokens) / passed_s > 0.9 * full.plant.generated / 30.0
+    # Kept to the slowest step of a full batch for 16 + 2 sqrt(16) it drew 0.80 of it.
+    assert (loop.plant.energy_j - joules) / passed_s < 0.7 * full.plant.energy_j / 30.0
+
+
 def test_at_a_steady_load_it_serves_nearly_all_and_does_not_cycle():
     loop = make_loop()
     loop.offer(3600.0, 150)
