@@ -157,12 +157,21 @@ def even_cap_w(fleet: SimFleet, budget_w: float, gpu: str) -> float:
 
 
 def requests_for(
-    load: LoadSpec, arrivals: str, lengths: Trace, tokens_per_s: float, duration_s: float, seed: int
+    load: LoadSpec,
+    arrivals: str,
+    lengths: Trace,
+    tokens_per_s: float,
+    duration_s: float,
+    seed: int,
+    prompt_share: float = 0.0,
 ) -> Requests:
-    """Requests of one model that ask for so many output tokens/s past the ramp, arriving as the scenario says."""
+    """Requests of one model that ask for so many output tokens/s past the ramp, arriving as the scenario says.
+
+    A trace's own lengths drift: over its parts the load is that of its mean lengths in work (`Trace.work`).
+    """
     rate = tokens_per_s / float(lengths.output_tokens.mean())
     if arrivals == "trace":
-        trace = resampled(lengths, rate, duration_s, seed, load.peak_over_mean)
+        trace = resampled(lengths, rate, duration_s, seed, load.peak_over_mean, prompt_share)
     elif arrivals == "diurnal":
         trace = diurnal(lengths, rate, duration_s, seed, period_s=duration_s)
     elif arrivals == "bursts":

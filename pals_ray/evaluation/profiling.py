@@ -33,6 +33,17 @@ def roofline(model: SimModel) -> RooflineModel:
     return RooflineModel(model.physics, model.workload, step_tokens=model.step_tokens)
 
 
+def prompt_share(model: SimModel, point: OperatingPoint) -> float:
+    """How much of a full engine's time goes to prompts, as the roofline has it: what half as long ones would save."""
+    work = model.workload
+    shorter = replace(model, workload=replace(work, prompt_tokens=work.prompt_tokens / 2.0))
+    whole, half = (
+        float(roofline(asked).predict(point.cap_w, point.batch_limit).throughput_tokens_per_s)
+        for asked in (model, shorter)
+    )
+    return min(max(2.0 * (1.0 - whole / half), 0.0), 1.0)
+
+
 def profiled(model: SimModel, lengths: Trace) -> PowerModel:
     """Measure one replica at fixed points under requests that never run out, with lengths as they will come, and fit.
 

@@ -22,7 +22,7 @@ from pals_ray.evaluation.cases import (
     full_charge_w,
     requests_for,
 )
-from pals_ray.evaluation.profiling import profiled, roofline
+from pals_ray.evaluation.profiling import profiled, prompt_share, roofline
 from pals_ray.models.specs import find_gpu
 from pals_ray.simulation.figures import Figures, counts_as_gain, figures, model_figures, regulation_figures
 from pals_ray.simulation.oracle import Limits, candidates
@@ -103,6 +103,7 @@ class CaseRuns:
                     self.case.load * served,
                     self.case.simulated_s,
                     _SEED_STRIDE * seed + number,
+                    prompt_share(self.fleet.model(name), self._reference_points()[name]),
                 )
                 for number, (name, served) in enumerate(self.capacity_tokens_per_s().items())
             }

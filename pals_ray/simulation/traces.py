@@ -13,8 +13,8 @@ from pals_ray.types import PalsError
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-#: A trace's rate over time is its count of arrivals in bins of so long, s: the "highest 5 min" of an offered load.
-RATE_BIN_S = 300.0
+#: The "highest 5 min" of an offered load, s.
+PEAK_S = 300.0
 #: Arrivals bunched within so long stay bunched when a trace is resampled, s.
 _SMOOTH_S = 60.0
 #: Synthetic rates are given for every so many seconds.
@@ -55,12 +55,18 @@ class Trace:
         """Output tokens asked for, per second of the trace."""
         return float(self.output_tokens.sum()) / self.duration_s
 
-    def peak_over_mean(self, bin_s: float = RATE_BIN_S) -> float:
-        """Arrivals in the fullest bin of `bin_s` over those in a mean one; an unfinished last bin is left out."""
-        bins = max(int(self.duration_s / bin_s + 1e-9), 1)
-        edges_s = np.minimum(bin_s * np.arange(bins + 1), self.duration_s)
-        counts = np.histogram(self.arrival_s, edges_s)[0]
-        return float(counts.max() / counts.mean())
+    def work(self, prompt_share: float) -> FloatArray:
+        """(n,) What each request asks of an engine that spends this share of its time on prompts, the rest on outputs;
+        1 on average."""
+        prompts, outputs = (tokens / tokens.mean() for tokens in (self.prompt_tokens, self.output_tokens))
+        return np.asarray(prompt_share * prompts + (1.0 - prompt_share) * outputs)
+
+    def peak_over_mean(self, prompt_share: float = 0.0) -> float:
+        """Work asked for in the fullest `PEAK_S` over that in a mean one, to a minute."""
+        steps = max(round(self.duration_s / _SMOOTH_S), 1)
+        edges_s = np.linspace(0.0, self.duration_s, steps + 1)
+        work = np.histogram(self.arrival_s, edges_s, weights=self.work(prompt_share))[0]
+        return _highest(work, round(steps * PEAK_S / self.duration_s)) / float(work.mean())
 
 
 def lengthened(trace: Trace, factor: float) -> Trace:
@@ -132,41 +138,55 @@ def bursts(
 
 
 def resampled(
-    trace: Trace, requests_per_s: float, duration_s: float, seed: int, peak_over_mean: float | None = None
+    trace: Trace,
+    requests_per_s: float,
+    duration_s: float,
+    seed: int,
+    peak_over_mean: float | None = None,
+    prompt_share: float = 0.0,
 ) -> Trace:
-    """A trace at another mean rate (and, where given, with its fullest `RATE_BIN_S` at that multiple of the mean).
+    """A trace at another mean rate (and, where given, with its fullest `PEAK_S` at that multiple of the mean).
 
-    In *operational time* (the integral of the smoothed rate) arrivals come at one a unit, bunched as they were. They
-    are rolled to a start drawn by the seed, repeated or cut to the number wanted, and mapped back through the wanted
-    rate over time: the trace's own, stretched to `duration_s`, with its deviations from the mean scaled for the peak.
+    Rates are of work (`Trace.work`), in mean requests: while prompts or outputs are longer fewer requests come. In
+    *operational time* (the integral of the smoothed rate) work comes at one a unit, bunched as it was. Requests are
+    rolled to a start drawn by the seed, repeated or cut to the work wanted, and mapped back through the wanted rate
+    over time: the trace's own, stretched to `duration_s`, with its deviations from the mean scaled for the peak.
     """
     steps = max(round(duration_s / _SMOOTH_S), 1)
     edges_s = np.linspace(0.0, trace.duration_s, steps + 1)
-    counts = np.histogram(trace.arrival_s, edges_s)[0].astype(np.float64)
-    unit = np.interp(trace.arrival_s, edges_s, np.concatenate(([0.0], np.cumsum(counts))))
-    shape = counts / counts.mean()
+    work = trace.work(prompt_share)
+    rate = np.histogram(trace.arrival_s, edges_s, weights=work)[0]
+    unit = np.interp(trace.arrival_s, edges_s, np.concatenate(([0.0], np.cumsum(rate))))
+    shape = rate / rate.mean()
     if peak_over_mean is not None:
-        shape = _with_peak(shape, max(round(steps * RATE_BIN_S / duration_s), 1), peak_over_mean)
-    wanted = round(requests_per_s * duration_s)
+        shape = _with_peak(shape, round(steps * PEAK_S / duration_s), peak_over_mean)
+    first = int(np.random.default_rng(seed).integers(0, len(trace)))
+    once = np.cumsum(np.roll(work, -first))
+    rounds, rest = divmod(requests_per_s * duration_s, float(once[-1]))
+    wanted = int(rounds) * len(trace) + int(np.searchsorted(once, rest))
     if wanted < 1:
         raise TraceError(f"{requests_per_s:g} requests/s over {duration_s:g} s are less than one request")
-    first = int(np.random.default_rng(seed).integers(0, len(trace)))
     at = (first + np.arange(wanted)) % len(trace)
-    gaps = np.diff(unit, append=unit[0] + len(trace))[at]
-    place = np.concatenate(([0.0], np.cumsum(gaps)[:-1])) * (wanted / max(float(gaps.sum()), 1e-9))
-    reached = np.concatenate(([0.0], np.cumsum(shape))) * (wanted / shape.sum())
+    gaps = np.diff(unit, append=unit[0] + rate.sum())[at]
+    place = np.concatenate(([0.0], np.cumsum(gaps)[:-1])) / max(float(gaps.sum()), 1e-9)
+    reached = np.concatenate(([0.0], np.cumsum(shape))) / shape.sum()
     arrival_s = np.interp(place, reached, np.linspace(0.0, duration_s, steps + 1))
     return Trace(arrival_s, trace.prompt_tokens[at], trace.output_tokens[at], duration_s)
 
 
-def _with_peak(shape: FloatArray, block: int, peak: float) -> FloatArray:
-    """A rate of mean 1 whose fullest block of so many steps has the mean `peak`, by scaling deviations from 1."""
-    block = min(block, len(shape))
-    blocks = shape[: len(shape) // block * block].reshape(-1, block).mean(axis=1)
-    if blocks.max() <= 1.0:
+def _with_peak(shape: FloatArray, steps: int, peak: float) -> FloatArray:
+    """A rate of mean 1 whose fullest run of so many steps has the mean `peak`, by scaling deviations from 1."""
+    highest = _highest(shape, steps)
+    if highest <= 1.0:
         raise TraceError("a trace of constant rate has no peak to scale; leave peak_over_mean out")
-    scaled = np.maximum(1.0 + (shape - 1.0) * (peak - 1.0) / (blocks.max() - 1.0), 0.0)
+    scaled = np.maximum(1.0 + (shape - 1.0) * (peak - 1.0) / (highest - 1.0), 0.0)
     return np.asarray(scaled / scaled.mean())
+
+
+def _highest(values: FloatArray, steps: int) -> float:
+    """The mean of the highest run of so many values, one at least."""
+    steps = min(max(steps, 1), len(values))
+    return float(np.convolve(values, np.full(steps, 1.0 / steps), "valid").max())
 
 
 def _steps(duration_s: float) -> int:

@@ -85,8 +85,22 @@ def test_a_file_of_another_kind_is_refused_by_line(write, text, kind, said):
 def test_a_resampled_trace_has_the_rate_and_the_peak_that_were_asked_for():
     for rate, peak in ((2.0, 1.2), (0.4, 1.5), (5.0, None)):
         trace = resampled(uneven(), rate, 3600.0, 1, peak)
-        assert len(trace) == round(rate * 3600)
-        assert trace.peak_over_mean() == pytest.approx(4 / 3 if peak is None else peak, abs=0.05)
+        assert trace.output_tokens_per_s == pytest.approx(rate * uneven().output_tokens.mean(), rel=0.01)
+        assert trace.peak_over_mean() == pytest.approx(uneven().peak_over_mean() if peak is None else peak, abs=0.05)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_rate_and_peak_are_of_work_wherever_the_trace_has_its_long_requests(seed, share):
+    lengths = uneven()
+    prompts = 600 + (500 * np.sin(np.linspace(0, 40, 1200))).astype(int)
+    drifting = Trace(lengths.arrival_s, prompts, np.linspace(20, 400, 1200).astype(int), 3600.0)
+    trace = resampled(drifting, 1.0, 3600.0, seed, 1.4, share)
+    kinds = ((trace.prompt_tokens, prompts, share), (trace.output_tokens, drifting.output_tokens, 1.0 - share))
+    work = sum(part * tokens / offered.mean() for tokens, offered, part in kinds)
+    assert work.sum() / 3600 == pytest.approx(1.0, rel=0.02)
+    peaks = [work[(trace.arrival_s >= t) & (trace.arrival_s < t + 300)].sum() / 300 for t in range(0, 3301, 60)]
+    assert max(peaks) == pytest.approx(1.4, abs=0.05)
 
 
 def test_a_resampled_trace_keeps_pairs_of_lengths():
