@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pals_ray.control.latency_feedback import TailFactors
 from pals_ray.control.snapshot import ReplicaSnapshot
 from pals_ray.models.base import FloatArray, PowerModel, Prediction
 from pals_ray.models.correction import CorrectedModel
@@ -24,6 +25,8 @@ BINDING = 0.5
 VALUE_PER_W = 1e-6
 CAPS = 101
 BATCHES_PER_OCTAVE = 4
+#: A crowd is this many standard deviations above the mean of what runs: in 2 % there are more.
+BUSY_SIGMAS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,8 @@ def replica_menu(
     demand = 0.0 if replica.parked else with_queue_tokens_per_s(arriving, replica.telemetry, on)
     wanted = min(demand, np.inf if target_tokens_per_s is None else target_tokens_per_s)
     wanted = float(on.capacity_tokens_per_s[-1].max()) if np.isinf(wanted) else wanted
-    share, implied, chosen = best_batch(on, demand, wanted, latency_met(replica.target, on))
+    met = latency_met(replica.target, _planned(on, demand, replica.tails))
+    share, implied, chosen = best_batch(on, demand, wanted, met, may_wait=replica.target.ttft_p99_s is None)
     if pin_batch_limit is not None:
         chosen = np.minimum(implied, max(int(np.searchsorted(on.batch, pin_batch_limit, side="right")) - 1, 0))
     caps = np.arange(len(on.cap_w))
@@ -145,12 +149,15 @@ def replica_menu(
     )
 
 
-def best_batch(on: Surface, demand: float, wanted: float, met: FloatArray) -> tuple[FloatArray, IntArray, IntArray]:
+def best_batch(
+    on: Surface, demand: float, wanted: float, met: FloatArray, *, may_wait: bool = True
+) -> tuple[FloatArray, IntArray, IntArray]:
     """What each point serves of what is `wanted`, and the batch that is best at each cap.
 
     Returns shares (C, B), times `met` (C, B; see `latency_met`), and columns of `on.batch` (C,): the batch that the
     demand implies (the least that serves it: Little's law), and that or a smaller one where the latency limits make it
-    worth more, but none that would keep waiting what is wanted and could be served. Rates are tokens/s.
+    worth more, but none that would keep waiting what is wanted and could be served, nor, unless they `may_wait`, any of
+    an overload: those kept out miss the TTFT. Rates are tokens/s.
     """
     served = np.minimum(on.capacity_tokens_per_s, wanted)
     share = served / wanted if wanted > 0 else np.ones_like(served)
@@ -160,7 +167,7 @@ def best_batch(on: Surface, demand: float, wanted: float, met: FloatArray) -> tu
     implied = np.where(reaches.any(axis=1), reaches.argmax(axis=1), len(on.batch) - 1)
     # Whom a smaller batch than what is wanted makes run keeps out waits, and misses more than an inter-token latency.
     enough = on.capacity_tokens_per_s >= min(wanted, demand)
-    least = np.where(enough.any(axis=1), enough.argmax(axis=1), 0)
+    least = np.where(enough.any(axis=1), enough.argmax(axis=1), 0 if may_wait else implied)
     column = np.arange(len(on.batch))
     usable = (column <= implied[:, None]) & (column >= least[:, None])
     chosen = np.where(usable, share, -1.0).argmax(axis=1)
@@ -187,12 +194,26 @@ def with_queue_tokens_per_s(demand: float, seen: ReplicaTelemetry, on: Surface) 
     return min(demand * (1.0 + 2.0 * waiting / seen.running), fastest)
 
 
+def _planned(on: Surface, demand: float, tails: TailFactors) -> Surface:
+    """A surface with the latencies that the agent plans with: what its feedback says of those of a crowd, where a batch
+    serves the demand, and of the batch itself where it is full."""
+    crowd = np.minimum(np.searchsorted(on.batch, on.batch + BUSY_SIGMAS * np.sqrt(on.batch)), len(on.batch) - 1)
+    column = np.where(on.capacity_tokens_per_s >= demand, crowd, np.arange(len(on.batch)))
+    itl_s, ttft_s = (np.take_along_axis(values, column, axis=1) for values in (on.itl_p99_s, on.ttft_p99_s))
+    return replace(on, itl_p99_s=tails.itl * itl_s, ttft_p99_s=tails.ttft * ttft_s)
+
+
 def latency_met(target: Target, on: Surface) -> FloatArray:
-    """(C, B): 1 within the limits, else limit / latency of the worse miss."""
+    """(C, B): 1 within the limits, else limit / latency of the worse miss.
+
+    Where the highest cap does not keep the TTFT either it is no reason for watts (see `controller`): 1.
+    """
     met = np.ones_like(on.itl_p99_s)
-    for limit_s, latency_s in ((target.itl_p99_s, on.itl_p99_s), (target.ttft_p99_s, on.ttft_p99_s)):
-        if limit_s is not None:
-            met = np.minimum(met, limit_s / np.maximum(latency_s, limit_s))
+    if target.itl_p99_s is not None:
+        met = np.minimum(target.itl_p99_s / on.itl_p99_s, 1.0)
+    if target.ttft_p99_s is not None:
+        in_reach = on.ttft_p99_s[-1] <= target.ttft_p99_s
+        met = np.minimum(met, np.where(in_reach, target.ttft_p99_s / on.ttft_p99_s, 1.0))
     return met
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pals_ray.control.charge import ChargeTerms
+from pals_ray.control.latency_feedback import TailFactors
 from pals_ray.control.snapshot import Overhead, ReplicaSnapshot
 from pals_ray.types import Grant, PalsError, ReplicaTelemetry, Target
 
@@ -199,6 +200,7 @@ class ReplicaView:
         telemetry: ReplicaTelemetry,
         natural_draw_w: float | None,
         demand_tokens_per_s: float | None,
+        tails: TailFactors,
     ) -> ReplicaSnapshot:
         """The replica as a policy sees it: these books, with what its agent and its model's target say."""
         return ReplicaSnapshot(
@@ -220,6 +222,7 @@ class ReplicaView:
             telemetry=telemetry,
             natural_draw_w=natural_draw_w,
             demand_tokens_per_s=demand_tokens_per_s,
+            tails=tails,
         )
 
 

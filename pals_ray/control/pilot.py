@@ -5,6 +5,7 @@ from __future__ import annotations
 from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.controller import decide
 from pals_ray.control.controller_state import ControllerConfig, ControllerState, Situation
+from pals_ray.control.latency_feedback import TailFactors
 from pals_ray.control.telemetry import RATE_S, TelemetryWindow
 from pals_ray.models.base import PowerModel
 from pals_ray.models.correction import CorrectedModel, Correction, Observation
@@ -48,6 +49,12 @@ class Pilot:
         """
         seen = self._state.demand_tokens_per_s
         return max(seen, self._arriving_tokens_per_s) if seen else seen
+
+    @property
+    def tails(self) -> TailFactors:
+        """What the controller multiplies predicted p99 latencies with."""
+        state, config = self._state, self._config or ControllerConfig()
+        return TailFactors(state.itl.factor / config.inside, state.ttft.factor * self._largest_prompt / config.inside)
 
     def natural_draw_w(self, window: TelemetryWindow, seen: ReplicaTelemetry, max_limit_w: float) -> float | None:
         """GPU watts of the group at its present batch if nothing capped it, and never below the recent p95.

@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pals_ray.control.graph_sizes import graph_sizes
-from pals_ray.control.menu import IntArray, Surface, ask, best_batch, latency_met
+from pals_ray.control.menu import BUSY_SIGMAS, IntArray, Surface, ask, best_batch, latency_met
 from pals_ray.models.base import FloatArray, PowerModel
 from pals_ray.types import Target
 
 #: Caps asked of a model at a decision, at most, beside the ceiling and the present one.
 CAPS = 50
-#: A crowd is this many standard deviations above the mean of what runs: in 2 % there are more.
-BUSY_SIGMAS = 2.0
+#: So many there are always places for: a place too many costs hardly any ITL, each that is short a wait.
+ROOM_SIGMAS = 4.0
 #: Shares nearer than this are the same.
 EPS = 1e-9
 
@@ -111,8 +111,10 @@ def points(
         # Who is kept out waits: what is wanted is let in, and its swings.
         enough = on.capacity_tokens_per_s >= min(demand, wanted)
         need = on.batch[enough.argmax(axis=1)]
-        room = np.searchsorted(on.batch, need + BUSY_SIGMAS * np.sqrt(need))
-        column = np.where(enough.any(axis=1), np.minimum(np.maximum(column, room), _last(fit)), column)
+        room = np.searchsorted(on.batch, need + ROOM_SIGMAS * np.sqrt(need))
+        # Where it is too much, those kept out miss the TTFT, and the queue lasts the longer the less is made of it.
+        short = column if target.ttft_p99_s is None else _last(fit)
+        column = np.where(enough.any(axis=1), np.minimum(np.maximum(column, room), _last(fit)), short)
     else:
         column = np.full(len(caps), max(int(np.searchsorted(on.batch, pin_batch_limit, side="right")) - 1, 0))
     if likely is not None:
@@ -152,7 +154,7 @@ def points(
     if target.ttft_p99_s is not None:
         # Once all places are taken, requests wait for one to end.
         places = on.batch[column] / (running + BUSY_SIGMAS * np.sqrt(running))
-        score = score * target.ttft_p99_s / np.maximum(ttft_s, target.ttft_p99_s) * np.minimum(places, 1.0)
+        score = score * np.minimum(target.ttft_p99_s / ttft_s, 1.0) * np.minimum(places, 1.0)
     return Points(
         cap_w=on.cap_w,
         batch_limit=on.batch[column],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from pals_ray.control.latency_feedback import TailFactors
 from pals_ray.models.base import PowerModel
 from pals_ray.types import ReplicaTelemetry, Target
 
@@ -40,7 +41,8 @@ class ReplicaSnapshot:
 
     `least_charge_w` and `most_charge_w` are its charge with every GPU at the device's lowest and highest limit (the
     clock floor's draw included). `natural_draw_w` is GPU watts of the whole group at its present batch if nothing
-    capped it, measured or predicted; None before anything is known. `demand_tokens_per_s` is what arrives for it.
+    capped it, measured or predicted; None before anything is known. `demand_tokens_per_s` is what arrives for it,
+    `tails` what its agent makes of predicted latencies.
     """
 
     replica_id: str
@@ -61,6 +63,7 @@ class ReplicaSnapshot:
     telemetry: ReplicaTelemetry = field(default_factory=ReplicaTelemetry)
     natural_draw_w: float | None = None
     demand_tokens_per_s: float | None = None
+    tails: TailFactors = field(default_factory=TailFactors)
     parked: bool = False
 
 

@@ -235,6 +235,7 @@ class PowerAgent:
             demand_tokens_per_s=pilot.demand_tokens_per_s,
             expected=pilot.expected,
             correction=pilot.correction,
+            tails=pilot.tails,
             tally=tally_of(hands.block.telemetry(), pilot.target) if hands.block else None,
         )
         await hands.obey(await manager.beat.remote(beat))

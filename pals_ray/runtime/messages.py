@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from pals_ray.control.latency_feedback import TailFactors
 from pals_ray.control.orders import AgentReport, Hello, Reply
 from pals_ray.control.qos import Tally
 from pals_ray.control.telemetry import Reading
@@ -74,8 +75,8 @@ class Beat:
 
     `power_w` holds the mean draw since the beat before of every managed GPU that this agent reads: its own, and the
     parked ones it keeps. `natural_draw_w` is the group's, measured or predicted. `expected` is what the point in force
-    was chosen on, `correction` what telemetry says of the model, `tally` what QoS is judged by (None before its engine
-    runs).
+    was chosen on, `correction` what telemetry says of the model, `tails` what of its latencies, `tally` what QoS is
+    judged by (None before its engine runs).
     """
 
     report: AgentReport
@@ -90,6 +91,7 @@ class Beat:
     demand_tokens_per_s: float | None = None
     expected: Expected | None = None
     correction: Correction = field(default_factory=Correction)
+    tails: TailFactors = field(default_factory=TailFactors)
     tally: Tally | None = None
 
 

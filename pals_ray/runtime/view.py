@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pals_ray.control.budget_mover import FleetWatts
+from pals_ray.control.latency_feedback import TailFactors
 from pals_ray.control.ledger import Ledger
 from pals_ray.control.orders import ReplicaView
 from pals_ray.control.qos import by_priority
@@ -84,6 +85,7 @@ def fleet_snapshot(
                     member.telemetry,
                     beat.natural_draw_w if beat else None,
                     beat.demand_tokens_per_s if beat else None,
+                    beat.tails if beat else TailFactors(),
                 )
             )
     return ledger.snapshot(replicas, now_s)

@@ -8,6 +8,7 @@ from functools import partial
 
 from pals_ray.control.accounts import SAME_LIMIT_W
 from pals_ray.control.charge import ChargeTerms
+from pals_ray.control.latency_feedback import TailFactors
 from pals_ray.control.lease import LeaseState, Outcome, accept, ceiling_w, fence, tick
 from pals_ray.control.orders import AgentReport, Hello, ParkOrder, Reply
 from pals_ray.control.pilot import Pilot
@@ -33,6 +34,7 @@ class Beat:
     natural_draw_w: float | None
     demand_tokens_per_s: float | None
     correction: Correction
+    tails: TailFactors
 
 
 class Agent:
@@ -230,4 +232,5 @@ class Agent:
             self._natural_draw_w,
             self._pilot.demand_tokens_per_s,
             self._pilot.correction,
+            self._pilot.tails,
         )

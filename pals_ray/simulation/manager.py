@@ -8,6 +8,7 @@ from functools import partial
 
 from pals_ray.control.allocate_fleet import targets_tokens_per_s
 from pals_ray.control.dividing import Divider
+from pals_ray.control.latency_feedback import TailFactors
 from pals_ray.control.ledger import Ledger
 from pals_ray.control.orders import Commands, Hello, NodeInfo, NodeMemo, ReplicaView, Reply
 from pals_ray.control.planning import LedgerConfig
@@ -166,6 +167,7 @@ class Manager:
             beat.telemetry if beat else ReplicaTelemetry(),
             beat.natural_draw_w if beat else None,
             beat.demand_tokens_per_s if beat else None,
+            beat.tails if beat else TailFactors(),
         )
 
     def _models(self) -> dict[str, PowerModel]:

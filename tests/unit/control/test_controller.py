@@ -133,12 +133,31 @@ def test_larger_prompts_than_the_model_knows_ask_for_a_higher_cap():
     assert large.point.cap_w == pytest.approx(30 / (0.97 * 0.15), abs=6.0)
 
 
+@pytest.mark.parametrize(("limit_s", "kept"), [(0.055, True), (0.04, False)])
+def test_a_ttft_that_the_highest_cap_does_not_keep_buys_no_watts(limit_s, kept):
+    seen = situation(target=Target(ttft_p99_s=limit_s), telemetry=serving(running=4, throughput=40.0))
+    missed = decide(at(200.0, demand_tokens_per_s=40.0, cap_changed_s=99.5), seen)
+    assert missed.expected.ttft_p99_s > limit_s
+    later = decide(missed.state, replace(seen, now_s=seen.now_s + 10.0))
+    assert (later.point.cap_w > 200.0) == kept
+
+
 def test_the_batch_limit_is_lowered_for_the_inter_token_latency_and_not_for_watts():
     busy = serving(running=20, throughput=120.0)
     assert decide(ControllerState(), situation(telemetry=busy)).point.batch_limit == 64
     limited = decide(ControllerState(), situation(telemetry=busy, target=Target(itl_p99_s=0.25)))
     assert limited.point.batch_limit < 64
     assert limited.expected.itl_p99_s <= 0.25
+
+
+def test_an_overload_is_let_in_whole_where_those_kept_out_would_miss_the_ttft():
+    queue = serving(running=48, waiting=40, throughput=190.0)
+    state = at(400.0, 48, demand_tokens_per_s=220.0, queue_since_s=80.0)
+    few = decide(state, situation(telemetry=queue, target=Target(itl_p99_s=0.25)))
+    assert few.point.batch_limit < 64
+    assert (
+        decide(state, situation(telemetry=queue, target=Target(itl_p99_s=0.25, ttft_p99_s=2.0))).point.batch_limit == 64
+    )
 
 
 def test_the_batch_limit_stops_where_the_curve_falls():
@@ -357,7 +376,7 @@ def test_a_rise_from_idle_is_followed_within_seconds():
 def test_an_itl_that_is_measured_within_its_limit_does_not_lower_the_batch_whatever_the_model_says():
     # The model says 0.24 s at the full batch; 0.19 s were measured, and requests wait.
     seen = serving(running=48, waiting=20, throughput=200.0, itl=Latency(0.15, 0.17, 0.17), ttft=Latency(1.0, 3.0))
-    target = Target(itl_p99_s=0.2, ttft_p99_s=2.0)
+    target = Target(itl_p99_s=0.2)
     state = at(250.0, batch_limit=48, batch_changed_s=0.0, demand_tokens_per_s=200.0, rush_tokens_per_s=200.0)
     kept = decide(state, situation(target=target, telemetry=seen, ceiling_w=250.0)).point.batch_limit
     late = replace(seen, itl=Latency(0.2, 0.25, 0.25))

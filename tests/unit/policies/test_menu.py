@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pals_ray.control.latency_feedback import TailFactors
 from pals_ray.control.menu import HEADROOM, best_batch, latency_met, replica_menu, surface, with_queue_tokens_per_s
 from pals_ray.control.snapshot import Overhead
 from pals_ray.types import ReplicaTelemetry, Target
@@ -134,6 +135,11 @@ def test_of_an_overload_less_is_let_in_where_the_latency_of_all_would_be_worse(o
     assert limited.batch_limit[best(limited)] < free.batch_limit[best(free)] == 64
 
 
+def test_of_an_overload_all_are_let_in_where_those_kept_out_would_miss_the_ttft(on, make_replica):
+    limited = replica_menu(make_replica(demand=400, target=Target(itl_p99_s=0.15, ttft_p99_s=1.0)), on, None)
+    assert limited.batch_limit[best(limited)] == 64
+
+
 def test_a_pinned_batch_limit_is_used_as_the_demand_makes_it(on, make_replica):
     limited = make_replica(demand=200, target=Target(itl_p99_s=0.15))
     pinned = replica_menu(limited, on, None, pin_batch_limit=64)
@@ -167,3 +173,16 @@ def test_a_parked_replica_offers_its_least_charge_only(on, make_replica):
     menu = replica_menu(make_replica(demand=100, parked=True), on, None)
     assert (menu.extra_w == 0).all()
     assert menu.floor == 0
+
+
+def test_a_replica_whose_agent_sees_longer_latencies_than_predicted_needs_more_watts(on, make_replica):
+    replica = make_replica(demand=100, natural_draw_w=250.0, target=Target(itl_p99_s=0.2))
+    believed, seen = (replica_menu(replace(replica, tails=TailFactors(itl=factor)), on, None) for factor in (1.0, 1.1))
+    assert min(seen.share[best(seen)], believed.share[best(believed)]) > 0.98
+    assert seen.cap_w[best(seen)] > believed.cap_w[best(believed)]
+
+
+def test_a_ttft_that_the_highest_cap_does_not_keep_is_no_reason_for_watts(on, make_replica):
+    plain = replica_menu(make_replica(demand=100), on, None)
+    menu = replica_menu(make_replica(demand=100, target=Target(ttft_p99_s=1e-3)), on, None)
+    assert menu.cap_w[best(menu)] == plain.cap_w[best(plain)]
