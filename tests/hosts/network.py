@@ -25,6 +25,8 @@ from tests.support.fleets import wait_for
 SUBNET = "10.77.0"
 BRIDGE = "pals-bridge"
 SSHD = Path("/usr/sbin/sshd")
+#: Whether the kernel shares cores evenly between sessions, and so between hosts, however nice what runs there is.
+AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
 
 _SSHD_CONFIG = """\
 HostKey {folder}/host_key
@@ -145,6 +147,7 @@ class Network:
             for number, name in enumerate(names, 2)
         ]
         self._environment = " ".join(f"{name}={value}" for name, value in (environment or {}).items())
+        self._autogroup = AUTOGROUP.read_text().strip() if AUTOGROUP.exists() else "0"
 
     def __enter__(self) -> Network:
         try:
@@ -158,6 +161,7 @@ class Network:
         self.close()
 
     def _make(self) -> None:
+        _share_by_session("0")  # an agent has a core when it asks for one, though another host's engines are busy
         self._unlink()  # of a run that was killed: its processes died with it, its links did not
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key)], check=True)
         _ip("link", "add", BRIDGE, "type", "bridge")
@@ -218,6 +222,7 @@ class Network:
                 host.process.kill()
                 host.process.wait()
         self._unlink()
+        _share_by_session(self._autogroup)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _unlink(self) -> None:
@@ -227,6 +232,11 @@ class Network:
         for link in (BRIDGE, *(host._port for host in self.hosts)):
             with suppress(subprocess.CalledProcessError):
                 _ip("link", "delete", link)
+
+
+def _share_by_session(setting: str) -> None:
+    with suppress(OSError):  # a kernel without it, or one that is not ours to set
+        AUTOGROUP.write_text(setting)
 
 
 def _ip(*args: str) -> None:
