@@ -41,7 +41,10 @@ SetEnv PYTHONPATH={home}/pals-ray {environment}
 _INIT = """\
 set -e
 mount --make-rprivate /
+mount --bind {environment} {folder}/environment
 mount --bind {folder}/tmp /tmp
+mkdir -p {environment}
+mount --bind {folder}/environment {environment}
 mount --bind {folder}/passwd /etc/passwd
 mount --bind {folder}/hosts /etc/hosts
 mount --bind /dev/null /etc/resolv.conf
@@ -176,6 +179,7 @@ class Network:
         """The host's own part of the disk: home, /tmp, keys, and an environment that is installed already."""
         host.home.mkdir(parents=True)
         (host.folder / "tmp").mkdir(mode=0o1777)
+        (host.folder / "environment").mkdir()
         (host.home / ".bashrc").touch()
         (host.home / ".pals-venv").symlink_to(sys.prefix)
         # What the environment compiles on first use, 45 s of two cores: it was used before.
@@ -199,7 +203,9 @@ class Network:
             environment=self._environment,
         )
         (host.folder / "sshd_config").write_text(config)
-        (host.folder / "init").write_text(_INIT.format(folder=host.folder, name=host.name, sshd=SSHD))
+        # The environment is where it is on this machine, though that may be under /tmp.
+        init = _INIT.format(folder=host.folder, name=host.name, sshd=SSHD, environment=sys.prefix)
+        (host.folder / "init").write_text(init)
 
     def _connect(self, host: Host) -> None:
         """A veth pair: one end in the host, the other a port of the bridge."""
