@@ -111,9 +111,8 @@ class Host:
 
     def run(self, command: str, *, check: bool = True, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a command in a login shell of the host; its output and return code."""
-        options = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
         done = subprocess.run(
-            ["ssh", *options, "-o", "ConnectTimeout=10", "-i", str(self.key), f"root@{self.address}", command],
+            self._ssh(command),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -121,6 +120,14 @@ class Host:
         )
         assert not check or done.returncode == 0, f"{self.name}: {command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
         return done
+
+    def begin(self, command: str) -> subprocess.Popen[str]:
+        """Begin a command in a login shell of the host, to be talked with by lines."""
+        return subprocess.Popen(self._ssh(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+    def _ssh(self, command: str) -> list[str]:
+        options = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
+        return ["ssh", *options, "-o", "ConnectTimeout=10", "-i", str(self.key), f"root@{self.address}", command]
 
     def cut(self) -> None:
         """Cut the host's link: frames vanish, and neither end is told."""
