@@ -31,8 +31,8 @@ test-ray test-engine test-e2e: test-%: $(VENV)/.dev
 	$(PYTEST) tests/$*
 
 # Several hosts, as network namespaces of this machine: needs root and openssh-server, iproute2, rsync; skipped without.
-# `make test` brings a fleet up by the README's steps and takes it down again; this cuts budgets 100 times, loses hosts and
-# links too, and prints the worst sample of each. Takes 20 minutes.
+# `make test` brings a fleet up by the README's steps, cuts its budget 50 times and takes it down again; this also slows and
+# cuts links and loses hosts, and prints the worst sample and the recovery of each. Takes 20 minutes.
 test-hosts: $(VENV)/.dev
 	$(PYTEST) -s tests/hosts
 

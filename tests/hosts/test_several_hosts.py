@@ -90,7 +90,6 @@ def steps_in_force_s(cluster, sampler, count):
     return p99(kept_s)
 
 
-@pytest.mark.minutes
 def test_a_budget_cut_over_two_workers_is_in_force_within_250_ms(cluster):
     with loaded(cluster), sampled(cluster) as sampler:
         wait_for_caps(sampler)
