@@ -15,6 +15,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -52,8 +53,17 @@ hostname {name}
 mkdir -p /run/sshd
 exec {sshd} -D -e -f {folder}/sshd_config
 """
+#: What making hosts takes, tried in namespaces that are gone at once.
+_PROBE = """\
+mount --make-rprivate /
+ip link add bridge type bridge
+ip link add near type veth peer name far
+ip tuntap add tap mode tap
+chrt --fifo 1 true
+"""
 
 
+@cache
 def missing() -> str | None:
     """What this machine lacks to make hosts, None where it lacks nothing."""
     if os.geteuid() != 0:
@@ -63,8 +73,13 @@ def missing() -> str | None:
         tools.append("sshd")
     if tools:
         return f"test hosts need {', '.join(tools)}: apt-get install openssh-server iproute2 rsync"
-    probe = subprocess.run(["unshare", "--net", "--pid", "--mount", "--fork", "true"], capture_output=True, text=True)
-    return None if probe.returncode == 0 else f"test hosts need namespaces: {probe.stderr.strip()}"
+    folders = {Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()} - {Path(sys.prefix)}
+    hidden = [str(folder) for folder in folders if folder.is_relative_to("/tmp")]
+    if hidden:
+        return f"test hosts have a /tmp of their own, without the Python in {' and '.join(hidden)}"
+    isolate = ["unshare", "--net", "--pid", "--mount", "--fork", "/bin/sh", "-ec", _PROBE]
+    probe = subprocess.run(isolate, capture_output=True, text=True)
+    return None if probe.returncode == 0 else f"test hosts need namespaces, bridges and taps: {probe.stderr.strip()}"
 
 
 @dataclass
