@@ -21,6 +21,7 @@ test: $(VENV)/.dev
 	$(PYTEST) tests/ray
 	$(PYTEST) tests/engine
 	$(PYTEST) tests/e2e
+	$(PYTEST) -s -m "not minutes" tests/hosts
 
 # All of the unit tests but those that go through whole data sets or thousands of steps.
 test-unit: $(VENV)/.dev
@@ -30,8 +31,8 @@ test-ray test-engine test-e2e: test-%: $(VENV)/.dev
 	$(PYTEST) tests/$*
 
 # Several hosts, as network namespaces of this machine: needs root and openssh-server, iproute2, rsync; skipped without.
-# Takes 20 minutes: brings a fleet up by the README's steps, then loses hosts and links, and prints the worst sample of each.
-# Not from a checkout under /tmp: each host has a /tmp of its own, without it.
+# `make test` brings a fleet up by the README's steps, cuts its budget 50 times and takes it down again; this also slows and
+# cuts links and loses hosts, and prints the worst sample and the recovery of each. Takes 20 minutes.
 test-hosts: $(VENV)/.dev
 	$(PYTEST) -s tests/hosts
 

@@ -23,7 +23,8 @@ Before anything is sent, replies included: `if ledger.unsaved: write(ledger.memo
 epoch, and only while no larger epoch is on disk; where that fails nothing is sent. It lets the next manager charge in
 full whoever it cannot reach, and stops two managers from both raising. Then push `commands.cuts` to their agents,
 `commands.raises`, and `commands.parks` to the agents of their `executor`. The reply to the next report repairs a lost
-push. Cuts alone need not wait for the disk: what is on it charges their agents no less.
+push. Cuts alone need not wait for the disk: what is on it charges their agents no less. But while a raise waits for it,
+a cut of the same replica does too, unless it `lowers` what is in force.
 
 What is reserved for a replica is, on each GPU, the highest of the limit last read there and the caps of all grants
 that its agent may still act on: those not yet superseded by one that it has confirmed. Silence changes nothing. A
@@ -328,7 +329,10 @@ class Ledger(LedgerBooks):
         return rebuild.memo(self._accounts)
 
     def saved(self) -> None:
-        """The memo is on disk, and no larger epoch was. Where writing failed, don't call this, and send nothing."""
+        """The memo is on disk, and no larger epoch was; or nothing is sent before it is, cuts aside.
+
+        Where writing failed, don't call this, and send nothing.
+        """
         self._accounts.unsaved = False
 
     # -- how -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class LedgerConfig:
 
     reserve_w: float = 0.0
     lease_s: float = 5.0
-    silent_s: float = 2.0
+    silent_s: float = 3.0
     confirm_s: float = 1.0
     rebuild_s: float = 10.0
     least_raise_w: float = 1.0

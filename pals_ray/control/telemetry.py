@@ -91,9 +91,11 @@ class TelemetryWindow:
         self._rate_s = rate_s
         self._latency_s = latency_s
         self._readings: deque[Reading] = deque()
+        self._summary: ReplicaTelemetry | None = ReplicaTelemetry()
 
     def add(self, reading: Reading) -> None:
         """Take a reading in; what is older than the longer window goes. A clock that went back starts afresh."""
+        self._summary = None
         if self._readings and reading.time_s <= self._readings[-1].time_s:
             self._readings.clear()
         self._readings.append(reading)
@@ -102,8 +104,11 @@ class TelemetryWindow:
 
     def summary(self) -> ReplicaTelemetry:
         """What the window says; all zero before the first reading."""
-        if not self._readings:
-            return ReplicaTelemetry()
+        if self._summary is None:
+            self._summary = self._summarize()
+        return self._summary
+
+    def _summarize(self) -> ReplicaTelemetry:
         last = self._readings[-1]
         since_s = last.time_s - self._rate_s
         recent = list(takewhile(lambda r: r.time_s > since_s, reversed(self._readings)))

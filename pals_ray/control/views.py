@@ -11,6 +11,7 @@ from pals_ray.control.charge import EPS_W, ChargeTerms
 from pals_ray.control.orders import InForce, NodeView, ReplicaView
 from pals_ray.control.planning import LedgerConfig, why_fixed
 from pals_ray.control.snapshot import Domain, FleetSnapshot, ReplicaSnapshot
+from pals_ray.types import Grant
 
 
 def in_force(accounts: Accounts, now_s: float) -> InForce:
@@ -109,6 +110,11 @@ class LedgerBooks:
     def terms(self, replica_id: str) -> ChargeTerms:
         """How a replica's GPUs are charged; `KeyError` where it is not known."""
         return self._accounts.replicas[replica_id].terms
+
+    def lowers(self, grant: Grant) -> bool:
+        """Whether a grant is for no more than the limit last read on each GPU of its replica."""
+        replica = self._accounts.replicas[grant.replica_id]
+        return all(replica.terms.cap_w(grant.charge_w) <= gpu.limit_w for gpu in replica.gpus)
 
     def parked_charge_w(self, now_s: float) -> dict[str | None, float]:
         """What free GPUs are going to be charged, by domain (None: outside any), W: for a policy's snapshot."""

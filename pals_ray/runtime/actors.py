@@ -34,8 +34,8 @@ def prepare_process() -> None:
     """What each process of our actors does first: stay light, and come before the engines.
 
     Without pyarrow, which Ray imports (46 MB) with the first argument, if it can be found, to pass Arrow data: we never
-    do. And at the raylet's own niceness, where we may: Ray's workers, engines among them, have 15, and cores that they
-    keep busy are no reason for a cut to be late.
+    do. And at niceness 0, where we may: Ray's workers, engines among them, have 15, and cores that they keep busy are
+    no reason for a cut to be late.
     """
     sys.modules.setdefault("pyarrow", None)  # type: ignore[arg-type]
     for thread in Path("/proc/self/task").iterdir():

@@ -29,6 +29,8 @@ from pals_ray.runtime.node import enrol, find_raylet, is_ours, keep_guardian, ki
 from pals_ray.types import Grant, NotConfigured, PalsError
 
 BEAT_S = 0.5
+#: As often as the manager divides; what it pushes is confirmed at once.
+TELL_S = 1.0
 GUARDIAN_S = 2.0
 CALL_TIMEOUT_S = 5.0
 START_DEADLINE_S = 120.0
@@ -74,7 +76,7 @@ class PowerAgent:
         self._watch_replica()
         self._tasks = [
             asyncio.create_task(self._every(BEAT_S, self._hold, "hold its point")),
-            asyncio.create_task(self._every(BEAT_S, self._tell, "reach the manager")),
+            asyncio.create_task(self._every(TELL_S, self._tell, "reach the manager")),
             asyncio.create_task(self._every(GUARDIAN_S, self._see_to_guardian, "keep the node's guardian")),
         ]
 

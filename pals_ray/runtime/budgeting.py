@@ -62,12 +62,13 @@ class BudgetDesk:
             core, ledger = self._core, self._core.ledger  # a redeploy may have opened another while this waited
             before_w = ledger.budget_w
             commands = core.send_cuts(ledger.set_budget(float(budget_w), time.monotonic()))
+            ended = self._moving.end()  # at once: a plan would move the budget again while the disk is slow
             try:
-                core.store(budget_w=float(budget_w), plan=None)
+                await core.store(budget_w=float(budget_w), plan=None)
             except StorageError:
-                ledger.set_budget(before_w, time.monotonic())
+                core.send(ledger.set_budget(before_w, time.monotonic()))
+                self.restore()
                 raise
-            ended = self._moving.end()
             core.send(commands)
             core.divide()
             settled_s = await self._settled(called_s)
@@ -86,7 +87,7 @@ class BudgetDesk:
         async with self.lock:
             core = self._core
             _ = core.ledger
-            core.store(plan=plan)
+            await core.store(plan=plan)
             self._moving.follow(plan, core.state.budget_w)
             self.move()
             core.divide()

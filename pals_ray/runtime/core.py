@@ -1,14 +1,16 @@
-"""The manager's inner workings: configuration, ledger, books and file. All of it happens at once, without waiting.
+"""The manager's inner workings: configuration, ledger, books and file. It waits for nothing but the file.
 
 `manager` is the actor around it, `budgeting` what moves its budget.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +30,7 @@ from pals_ray.runtime.messages import AgentSpec, Answer, Beat, Registration
 from pals_ray.runtime.policies import load_policy
 from pals_ray.runtime.predictors import Predictors
 from pals_ray.runtime.roster import Roster
-from pals_ray.runtime.storage import ManagerState, NewerManager, StorageError, read_state, write_state
+from pals_ray.runtime.storage import ManagerState, NewerManager, StateWriter, StorageError, read_state
 from pals_ray.runtime.view import fleet_snapshot
 from pals_ray.types import InfeasibleBudget, NotConfigured, Provenance, Target
 
@@ -39,7 +41,6 @@ class FleetCore:
     """What is deployed and who is there; `on_change` is called when that asks for a new division of the budget."""
 
     def __init__(self, storage_path: str, session: str, on_change: Callable[[], None]) -> None:
-        self._storage_path = storage_path
         self._on_change = on_change
         before = read_state(storage_path)
         if before.session != session:
@@ -47,12 +48,15 @@ class FleetCore:
         # Agents may still obey a manager whose file was lost: the time is a larger epoch than it can have had.
         known = before.epoch if before.epoch > 0 else int(time.time())
         self.state = replace(before, epoch=known + 1)
-        write_state(storage_path, self.state)
+        self._file = StateWriter(storage_path, self._to_write)
+        self._file.write_now(self.state)
         self.roster = Roster()
         self.desk = HoldDesk()
         self.courier = Courier(self.roster.handles, self.confirmed)
         self.targets: dict[str, Target] = {}
         self.stopping = False
+        self._sending: set[asyncio.Task[None]] = set()
+        self._targeting = asyncio.Lock()
         self._parts_tokens_per_s: Mapping[str, float | None] = {}
         self._config: FleetConfig | None = None
         self._ledger: Ledger | None = None
@@ -116,11 +120,12 @@ class FleetCore:
         self.targets = {model.model_id: model.target.target() for model in config.models} | dict(state.targets)
         self.state = replace(state, budget_w=budget_w)
 
-    def change_target(self, model: str, changes: Mapping[str, Any]) -> Target:
+    async def change_target(self, model: str, changes: Mapping[str, Any]) -> Target:
         """Change what is wanted of a model, the rest of its target staying as it is. Raises `ConfigError`."""
-        target = changed_target(self.targets, model, changes)
-        self.store(targets={**self.state.targets, model: target})
-        self.targets[model] = target
+        async with self._targeting:
+            target = changed_target(self.targets, model, changes)
+            await self.store(targets={**self.state.targets, model: target})
+            self.targets[model] = target
         self._on_change()
         return target
 
@@ -130,7 +135,7 @@ class FleetCore:
         parts = (part for part in (self._divider, self._predictors) if part is not None)
         return (*self.roster.errors, *(note for part in parts for note in part.notes))
 
-    # -- agents ----------------------------------------------------------------------------------------------------
+    # -- agents: no answer goes before all that has to outlive us is `written` -------------------------------------
 
     def predict(self, registration: Registration) -> LoadedModel | None:
         """What predicts a new replica; None where nothing does. Slow where a profile has to be fitted."""
@@ -194,8 +199,6 @@ class FleetCore:
         self._on_change()
 
     def _answer(self, reply: Reply, replica_id: str) -> Answer:
-        if self.ledger.unsaved:
-            self.save()
         return Answer(reply, self.config.fail_safe_cap_w, self._target_of(replica_id))
 
     def _target_of(self, replica_id: str) -> Target:
@@ -225,16 +228,30 @@ class FleetCore:
         """Send what only lowers caps, before anything is written down; returns the rest, for `send`.
 
         A disk may take longer than a cut has. Lost with this manager, a cut costs speed: what is on disk charges no
-        less, and raises it again.
+        less, and raises it again. But a cut from a raise that still waits for the disk may lift a limit.
         """
-        self.courier.send(Commands(cuts=commands.cuts))
-        return replace(commands, cuts=())
+        goes = {cut.seq: self._file.is_written or self.ledger.lowers(cut) for cut in commands.cuts}
+        self.courier.send(Commands(cuts=tuple(cut for cut in commands.cuts if goes[cut.seq])))
+        return replace(commands, cuts=tuple(cut for cut in commands.cuts if not goes[cut.seq]))
 
     def send(self, commands: Commands) -> None:
-        """Write down what has to outlive us, then send."""
-        if self.ledger.unsaved:
-            self.save()
-        self.courier.send(commands)
+        """Send cuts now, and the rest once what has to outlive us is on disk: a later cut may overtake it."""
+        rest = self.send_cuts(commands)
+        self._note_ledger()
+        if self._file.is_written:
+            self.courier.send(rest)
+            return
+        task = asyncio.create_task(self._send_written(rest))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    async def _send_written(self, commands: Commands) -> None:
+        try:
+            await self.written()
+        except StorageError:
+            log.exception("not sent: %s", commands.reason)
+        else:
+            self.courier.send(commands)
 
     def confirmed(self, report: AgentReport) -> None:
         """What an agent has in force after an order that was pushed to it."""
@@ -260,45 +277,63 @@ class FleetCore:
 
     # -- the file --------------------------------------------------------------------------------------------------
 
-    def store(self, **changes: Any) -> None:
+    async def store(self, **changes: Any) -> None:
         """Change what is on disk; where that cannot be written nothing has changed. Raises `StorageError`."""
-        before = self.state
-        self.state = replace(before, **changes)
+        before = {name: getattr(self.state, name) for name in changes}
+        self.state = replace(self.state, **changes)
+        self.save()
         try:
-            self.save()
+            await self.written()
         except StorageError:
-            self.state = before
+            self.state = replace(self.state, **before)
+            self.save()  # a later write may have taken the change along
             raise
 
     def save(self) -> None:
-        """Write down what has to outlive this manager. One that finds a newer one's file ends."""
-        ledger = self._ledger
-        self.state = replace(
-            self.state,
-            nodes=ledger.memo() if ledger else self.state.nodes,
-            agents=self.roster.specs,
-            node_keys={**self.state.node_keys, **self.roster.node_keys},
-        )
+        """What has to outlive this manager has changed: the next write takes it, and `written` waits for that."""
+        self._file.note()
+        if self._ledger is not None:
+            self._ledger.saved()  # the file's business from here on: nothing is sent or answered before it is there
+
+    async def written(self) -> None:
+        """Return once all that has to outlive this manager is on disk; one that finds a newer one's file ends.
+
+        Raises `StorageError`; whoever waits next has it tried again.
+        """
+        self._note_ledger()
         try:
-            write_state(self._storage_path, self.state)
+            await self._file.written()
         except NewerManager:
             log.exception("starting again above the newer epoch")
             os._exit(1)  # Ray restarts what did not mean to end
-        if ledger:
-            ledger.saved()
+
+    def _note_ledger(self) -> None:
+        if self._ledger is not None and self._ledger.unsaved:
+            self.save()
+
+    def _to_write(self) -> ManagerState:
+        self.state = replace(
+            self.state,
+            nodes=self._ledger.memo() if self._ledger else self.state.nodes,
+            agents=self.roster.specs,
+            node_keys={**self.state.node_keys, **self.roster.node_keys},
+        )
+        return self.state
 
     def make_way(self) -> None:
         """Where agents obey a newer epoch (our file was lost), begin again above it: none of our grants counts."""
         newer = self.ledger.superseded_by
         if newer is not None:
             self.state = replace(self.state, epoch=newer)
-            self.save()
+            with suppress(NewerManager):  # one newer still has written it, and ours is not needed
+                self._file.write_now(self._to_write())
             log.warning("agents obey epoch %d, which is newer: starting again above it", newer)
             os._exit(1)
 
     def forget_all(self) -> None:
         """Forget budget and configuration, but for the epoch."""
-        write_state(self._storage_path, ManagerState(epoch=self.state.epoch))
+        self._file.write_now(ManagerState(epoch=self.state.epoch))
+        self._file.close()
 
 
 def _divider(config: FleetConfig) -> Divider:

@@ -19,7 +19,7 @@ from pals_ray.processes import identify, is_alive
 from pals_ray.runtime.node import NodeState, kill_engines, node_blocks, read_state, update_state
 from pals_ray.types import PalsError
 
-BEAT_S = 0.2
+BEAT_S = 0.5
 #: How long to wait after an attempt that failed.
 RETRY_S = 2.0
 #: How long replicas without an engine may outlive the restored limits before their blocks are left behind.

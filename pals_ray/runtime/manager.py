@@ -71,13 +71,14 @@ class GlobalPowerManager:
             core.stopping = False
             core.save()
             self._changed.set()
+            await core.written()
 
     # -- agents ----------------------------------------------------------------------------------------------------
 
     async def register(self, registration: Registration, agent: Any) -> Answer:
         """An agent's hello. Raises `InfeasibleBudget` where its node does not fit, `LedgerError` without free GPUs."""
         model = await asyncio.to_thread(self._core.predict, registration)
-        return self._core.register(registration, agent, model)
+        return await self._written(self._core.register(registration, agent, model))
 
     async def may_start(self, replica_id: str) -> tuple[bool, str]:
         """Whether a registered replica's engine may start, and why not yet."""
@@ -85,15 +86,21 @@ class GlobalPowerManager:
 
     async def claim(self, spec: AgentSpec, session: int, limits_w: Mapping[str, float]) -> Answer:
         """The GPUs that a replica's ranks hold."""
-        return self._core.claim(spec, session, limits_w)
+        return await self._written(self._core.claim(spec, session, limits_w))
 
     async def beat(self, beat: Beat) -> Answer:
         """An agent's beat: what is in force, and what it sees."""
-        return self._core.hear(beat)
+        return await self._written(self._core.hear(beat))
 
     async def leave(self, goodbye: AgentReport) -> None:
         """A replica has gone, and its agent sets no limit any more."""
         self._core.leave(goodbye)
+        await self._core.written()
+
+    async def _written(self, answer: Answer) -> Answer:
+        """An answer that may go: what it promises is on disk."""
+        await self._core.written()
+        return answer
 
     # -- operators -------------------------------------------------------------------------------------------------
 
@@ -108,7 +115,7 @@ class GlobalPowerManager:
     async def set_target(self, model: str, changes: Mapping[str, Any]) -> Target:
         """Change what is wanted of a model, the rest of its target staying as it is. Raises `ConfigError`."""
         _ = self._core.config
-        return self._core.change_target(model, changes)
+        return await self._core.change_target(model, changes)
 
     async def status(self) -> FleetStatus:
         """The whole fleet, now."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,3 +91,51 @@ def write_state(storage_path: str, state: ManagerState) -> None:
             f"the manager's state cannot be written to {path} ({error}); set `storage_path` to a folder that the head "
             "node can write to"
         ) from error
+
+
+class StateWriter:
+    """Writes the manager's file in a thread, one write after another, each of what the state is by then.
+
+    A disk under load takes hundreds of ms. Whoever must not be heard before it has what was noted waits for `written`.
+    """
+
+    def __init__(self, storage_path: str, state: Callable[[], ManagerState]) -> None:
+        self._storage_path = storage_path
+        self._state = state
+        self._thread = ThreadPoolExecutor(1, "manager.json")
+        self._noted = self._on_disk = 0
+        self._writing: asyncio.Task[None] | None = None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether all that was noted is on disk."""
+        return self._on_disk == self._noted
+
+    def note(self) -> None:
+        """Something has changed that is to outlive the manager."""
+        self._noted += 1
+
+    async def written(self) -> None:
+        """Return once all that has been noted by now is on disk. Raises `StorageError`; the next call tries again."""
+        noted = self._noted
+        while self._on_disk < noted:
+            if self._writing is None:
+                self._writing = asyncio.create_task(self._write())
+            await asyncio.shield(self._writing)  # others wait for it too
+
+    async def _write(self) -> None:
+        noted = self._noted
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._thread, write_state, self._storage_path, self._state())
+            self._on_disk = noted
+        finally:
+            self._writing = None
+
+    def write_now(self, state: ManagerState) -> None:
+        """Write this, behind what is being written, while everybody waits. Raises `StorageError`."""
+        self._thread.submit(write_state, self._storage_path, state).result()
+
+    def close(self) -> None:
+        """Write nothing any more."""
+        self._thread.shutdown(wait=False)

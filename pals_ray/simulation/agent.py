@@ -21,6 +21,8 @@ from pals_ray.simulation.setting import SimModel, SimSetting
 from pals_ray.types import Grant, ReplicaTelemetry, Target
 
 BEAT_S = 0.5
+#: It reports at every so many beats, and at once when it was told something.
+TELL_BEATS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +83,19 @@ class Agent:
         self._decide_after = False
         self._report_after = False
         self._dead = False
+        self._beats = 0
 
     # -- what others call ------------------------------------------------------------------------------------------
 
     def beat(self, now_s: float) -> None:
-        """Look, decide, report; and so again in `BEAT_S`."""
+        """Look, decide, report every second time; and so again in `BEAT_S`."""
         if self._dead:
             return
         self._look(now_s)
         self.enforce(now_s)
-        self._report(now_s)
+        self._beats += 1
+        if self._beats % TELL_BEATS == 0:
+            self._report(now_s)
         self._events.at(now_s + BEAT_S, self.beat)
 
     def die(self) -> None:

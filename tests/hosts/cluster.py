@@ -11,8 +11,8 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,11 +39,10 @@ _SET_BUDGETS = """
 import json, sys, time
 import pals_ray
 fleet = pals_ray.connect(sys.argv[1])
-for watts in map(float, sys.argv[3:]):
+for watts in map(float, sys.stdin):
     called_s = time.monotonic()
     change = fleet.set_budget(watts)
     print(json.dumps([watts, called_s, time.monotonic(), change.settled_s]), flush=True)
-    time.sleep(float(sys.argv[2]))
 """
 
 
@@ -109,8 +108,8 @@ class HostCluster:
 
     # -- the operator ------------------------------------------------------------------------------------------------
 
-    def operate(self, command: str, *, timeout_s: float = 240, check: bool = True) -> str:
-        """Run a command of the README as the operator, in the checkout; what it printed."""
+    def operate(self, command: str, *, timeout_s: float = 240, check: bool = True, typed: str = "") -> str:
+        """Run a command of the README as the operator, in the checkout; what it printed. `typed` is its input."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PALS_"))}
         environment |= {
             **_ENVIRONMENT,
@@ -122,7 +121,7 @@ class HostCluster:
             ["bash", "-c", command.replace("HEAD_ADDRESS", self.head.address)],
             cwd=self.checkout,
             env=environment,
-            stdin=subprocess.DEVNULL,
+            input=typed,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -142,17 +141,27 @@ class HostCluster:
         print(f"\n[{time.monotonic() - began_s:.1f} s] {step}")
         return out
 
-    def set_budgets(self, *budgets_w: float, pause_s: float = 0.0, on_head: bool = False) -> list[BudgetStep]:
-        """Set one budget after another, with a pause after each, by a handle outside the cluster or on its head."""
-        numbers = " ".join(f"{budget_w:g}" for budget_w in budgets_w)
-        home = self.head.home if on_head else self._home
-        (home / "set_budgets.py").write_text(_SET_BUDGETS)
-        if on_head:
-            out = self.head.run(f"python ~/set_budgets.py auto {pause_s} {numbers}", timeout_s=240).stdout
-        else:
-            command = f"python ~/set_budgets.py ray://HEAD_ADDRESS:10001 {pause_s} {numbers}"
-            out = self.operate(f"RAY_AUTH_MODE=token {command}")
-        return [BudgetStep(*json.loads(line)) for line in out.splitlines() if re.match(r"\[[\d.]+, ", line)]
+    def set_budget(self, budget_w: float) -> BudgetStep:
+        """Set the budget by a handle outside the cluster."""
+        (self._home / "set_budgets.py").write_text(_SET_BUDGETS)
+        command = "RAY_AUTH_MODE=token python ~/set_budgets.py ray://HEAD_ADDRESS:10001"
+        (step,) = _steps(self.operate(command, typed=f"{budget_w:g}\n").splitlines())
+        return step
+
+    @contextmanager
+    def handle_on_head(self) -> Iterator[Callable[[float], BudgetStep]]:
+        """What sets one budget after another by a handle on the head."""
+        (self.head.home / "set_budgets.py").write_text(_SET_BUDGETS)
+        with self.head.begin("python ~/set_budgets.py auto") as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            asked, steps = process.stdin, _steps(process.stdout)
+
+            def set_budget(budget_w: float) -> BudgetStep:
+                asked.write(f"{budget_w:g}\n")
+                return next(steps)
+
+            yield set_budget
 
     # -- looking on --------------------------------------------------------------------------------------------------
 
@@ -199,6 +208,11 @@ class HostCluster:
             _forget_memory(host)
         for path in _LAUNCHER_STATE:
             path.unlink(missing_ok=True)
+
+
+def _steps(lines: Iterable[str]) -> Iterator[BudgetStep]:
+    """The budgets set, among other lines that were printed."""
+    return (BudgetStep(*json.loads(line)) for line in lines if re.match(r"\[[\d.]+, ", line))
 
 
 def boot_anew(host: Host) -> None:

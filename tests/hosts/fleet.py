@@ -77,7 +77,7 @@ def sampled(cluster: HostCluster) -> Iterator[LimitSampler]:
 
 def wait_for_caps(sampler: LimitSampler) -> None:
     """Wait until load has raised the caps well above the low budget."""
-    wait_for(lambda: sampler.rows and sampler.rows[-1][1]["fleet"] > LOW_W + 100, 60, "the load raises no cap", 0.05)
+    wait_for(lambda: sampler.last[1]["fleet"] > LOW_W + 100, 60, "the load raises no cap", 0.05)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -25,6 +26,8 @@ from tests.support.fleets import wait_for
 SUBNET = "10.77.0"
 BRIDGE = "pals-bridge"
 SSHD = Path("/usr/sbin/sshd")
+#: Whether the kernel shares cores evenly between sessions, and so between hosts, however nice what runs there is.
+AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
 
 _SSHD_CONFIG = """\
 HostKey {folder}/host_key
@@ -39,7 +42,10 @@ SetEnv PYTHONPATH={home}/pals-ray {environment}
 _INIT = """\
 set -e
 mount --make-rprivate /
+mount --bind {environment} {folder}/environment
 mount --bind {folder}/tmp /tmp
+mkdir -p {environment}
+mount --bind {folder}/environment {environment}
 mount --bind {folder}/passwd /etc/passwd
 mount --bind {folder}/hosts /etc/hosts
 mount --bind /dev/null /etc/resolv.conf
@@ -47,8 +53,17 @@ hostname {name}
 mkdir -p /run/sshd
 exec {sshd} -D -e -f {folder}/sshd_config
 """
+#: What making hosts takes, tried in namespaces that are gone at once.
+_PROBE = """\
+mount --make-rprivate /
+ip link add bridge type bridge
+ip link add near type veth peer name far
+ip tuntap add tap mode tap
+chrt --fifo 1 true
+"""
 
 
+@cache
 def missing() -> str | None:
     """What this machine lacks to make hosts, None where it lacks nothing."""
     if os.geteuid() != 0:
@@ -58,8 +73,13 @@ def missing() -> str | None:
         tools.append("sshd")
     if tools:
         return f"test hosts need {', '.join(tools)}: apt-get install openssh-server iproute2 rsync"
-    probe = subprocess.run(["unshare", "--net", "--pid", "--mount", "--fork", "true"], capture_output=True, text=True)
-    return None if probe.returncode == 0 else f"test hosts need namespaces: {probe.stderr.strip()}"
+    folders = {Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()} - {Path(sys.prefix)}
+    hidden = [str(folder) for folder in folders if folder.is_relative_to("/tmp")]
+    if hidden:
+        return f"test hosts have a /tmp of their own, without the Python in {' and '.join(hidden)}"
+    isolate = ["unshare", "--net", "--pid", "--mount", "--fork", "/bin/sh", "-ec", _PROBE]
+    probe = subprocess.run(isolate, capture_output=True, text=True)
+    return None if probe.returncode == 0 else f"test hosts need namespaces, bridges and taps: {probe.stderr.strip()}"
 
 
 @dataclass
@@ -106,9 +126,8 @@ class Host:
 
     def run(self, command: str, *, check: bool = True, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a command in a login shell of the host; its output and return code."""
-        options = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
         done = subprocess.run(
-            ["ssh", *options, "-o", "ConnectTimeout=10", "-i", str(self.key), f"root@{self.address}", command],
+            self._ssh(command),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -116,6 +135,14 @@ class Host:
         )
         assert not check or done.returncode == 0, f"{self.name}: {command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
         return done
+
+    def begin(self, command: str) -> subprocess.Popen[str]:
+        """Begin a command in a login shell of the host, to be talked with by lines."""
+        return subprocess.Popen(self._ssh(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+    def _ssh(self, command: str) -> list[str]:
+        options = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
+        return ["ssh", *options, "-o", "ConnectTimeout=10", "-i", str(self.key), f"root@{self.address}", command]
 
     def cut(self) -> None:
         """Cut the host's link: frames vanish, and neither end is told."""
@@ -145,6 +172,7 @@ class Network:
             for number, name in enumerate(names, 2)
         ]
         self._environment = " ".join(f"{name}={value}" for name, value in (environment or {}).items())
+        self._autogroup = AUTOGROUP.read_text().strip() if AUTOGROUP.exists() else "0"
 
     def __enter__(self) -> Network:
         try:
@@ -158,6 +186,7 @@ class Network:
         self.close()
 
     def _make(self) -> None:
+        _share_by_session("0")  # an agent has a core when it asks for one, though another host's engines are busy
         self._unlink()  # of a run that was killed: its processes died with it, its links did not
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key)], check=True)
         _ip("link", "add", BRIDGE, "type", "bridge")
@@ -172,6 +201,7 @@ class Network:
         """The host's own part of the disk: home, /tmp, keys, and an environment that is installed already."""
         host.home.mkdir(parents=True)
         (host.folder / "tmp").mkdir(mode=0o1777)
+        (host.folder / "environment").mkdir()
         (host.home / ".bashrc").touch()
         (host.home / ".pals-venv").symlink_to(sys.prefix)
         # What the environment compiles on first use, 45 s of two cores: it was used before.
@@ -195,7 +225,9 @@ class Network:
             environment=self._environment,
         )
         (host.folder / "sshd_config").write_text(config)
-        (host.folder / "init").write_text(_INIT.format(folder=host.folder, name=host.name, sshd=SSHD))
+        # The environment is where it is on this machine, though that may be under /tmp.
+        init = _INIT.format(folder=host.folder, name=host.name, sshd=SSHD, environment=sys.prefix)
+        (host.folder / "init").write_text(init)
 
     def _connect(self, host: Host) -> None:
         """A veth pair: one end in the host, the other a port of the bridge."""
@@ -218,6 +250,7 @@ class Network:
                 host.process.kill()
                 host.process.wait()
         self._unlink()
+        _share_by_session(self._autogroup)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _unlink(self) -> None:
@@ -227,6 +260,11 @@ class Network:
         for link in (BRIDGE, *(host._port for host in self.hosts)):
             with suppress(subprocess.CalledProcessError):
                 _ip("link", "delete", link)
+
+
+def _share_by_session(setting: str) -> None:
+    with suppress(OSError):  # a kernel without it, or one that is not ours to set
+        AUTOGROUP.write_text(setting)
 
 
 def _ip(*args: str) -> None:

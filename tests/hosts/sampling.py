@@ -59,10 +59,21 @@ class LimitSampler:
     @property
     def rows(self) -> list[tuple[float, dict[str, float]]]:
         """Every sample so far: when, and the sum of each group, W."""
+        return self._read(0, self._count)
+
+    @property
+    def last(self) -> tuple[float, dict[str, float]]:
+        """The last sample; at time 0 there were no limits."""
+        return (self._read(self._count - 1, 1) or [(0.0, dict.fromkeys(self.groups, 0.0))])[0]
+
+    @property
+    def _count(self) -> int:
+        return os.fstat(self._seen.fileno()).st_size // (8 * (1 + len(self.groups)))
+
+    def _read(self, first: int, count: int) -> list[tuple[float, dict[str, float]]]:
         width = 1 + len(self.groups)
-        seen = np.frombuffer(os.pread(self._seen.fileno(), os.fstat(self._seen.fileno()).st_size, 0))
-        seen = seen[: len(seen) // width * width].reshape(-1, width).tolist()
-        return [(at_s, dict(zip(self.groups, watts, strict=True))) for at_s, *watts in seen]
+        seen = np.frombuffer(os.pread(self._seen.fileno(), 8 * width * count, max(8 * width * first, 0)))
+        return [(at_s, dict(zip(self.groups, watts, strict=True))) for at_s, *watts in seen.reshape(-1, width).tolist()]
 
     def _run(self) -> None:
         go_before_all()

@@ -47,10 +47,10 @@ def test_a_slow_lossy_link_loses_neither_the_budget_nor_a_replica(cluster):
         cluster.workers[0].slow(delay_s=0.2, loss=0.05)
         try:
             time.sleep(20)
-            cluster.set_budgets(LOW_W)
+            cluster.set_budget(LOW_W)
             kept_s = time.monotonic()
             time.sleep(5)
-            (back,) = cluster.set_budgets(BUDGETS_W["fleet"])
+            back = cluster.set_budget(BUDGETS_W["fleet"])
         finally:
             cluster.workers[0].heal()
         took_s = wait_for(lambda: recovered(cluster, places), 90, "the fleet does not re-form")

@@ -21,6 +21,10 @@ pytestmark = [
 ]
 
 
+#: For a minute these try to tell the head that their raylet is gone, though the head is gone as well.
+RAYS_OWN = ["ray::DashboardAgent", "ray::RuntimeEnvAgent"]
+
+
 @pytest.fixture(scope="module")
 def cluster():
     assert not fleets.engine_processes(), "vLLM engines are running already; this machine holds one fleet at a time"
@@ -53,11 +57,11 @@ def test_the_budget_moves_from_outside_the_cluster_and_on_the_head_and_holds_in_
         wait_for_caps(sampler)
         assert f"-> {LOW_W} W" in cluster.step("ray exec cluster.yaml 'pals budget set", LOW_W)
         on_head_s = time.monotonic()
-        (first_rise,) = cluster.set_budgets(BUDGETS_W["fleet"])
+        first_rise = cluster.set_budget(BUDGETS_W["fleet"])
         wait_for_caps(sampler)
         cluster.step("RAY_AUTH_MODE", LOW_W)
         outside_s = time.monotonic()
-        (second_rise,) = cluster.set_budgets(BUDGETS_W["fleet"])
+        second_rise = cluster.set_budget(BUDGETS_W["fleet"])
     print("\n" + sampler.report(BUDGETS_W))
     assert sampler.within(BUDGETS_W)
     assert sampler.within({"fleet": LOW_W}, on_head_s, first_rise.called_s)
@@ -70,24 +74,26 @@ def p99(values):
 
 def steps_in_force_s(cluster, sampler, count):
     """Cut the budget so many times under load, on the head; how long after each call it was kept, at p99, s."""
-    steps = cluster.set_budgets(*[BUDGETS_W["fleet"], LOW_W] * count, BUDGETS_W["fleet"], pause_s=0.5, on_head=True)
     kept_s, settled_s, before_w = [], [], []
-    for cut, rise in zip(steps[1::2], steps[2::2], strict=True):
-        before_w.append(sampler.at_w("fleet", cut.called_s))
-        kept_s.append(sampler.kept_after_s("fleet", cut.budget_w, cut.called_s, rise.called_s))
-        settled_s.append(cut.settled_s)
-    assert len(kept_s) == count
+    with cluster.handle_on_head() as set_budget:
+        for _ in range(count):
+            wait_for_caps(sampler)
+            cut = set_budget(LOW_W)
+            wait_for(lambda cut=cut: sampler.last[0] > cut.returned_s + 0.1, 5, "nobody looks at the limits", 0.02)
+            rise = set_budget(BUDGETS_W["fleet"])
+            before_w.append(sampler.at_w("fleet", cut.called_s))
+            kept_s.append(sampler.kept_after_s("fleet", cut.budget_w, cut.called_s, rise.called_s))
+            settled_s.append(cut.settled_s)
     print(
         f"\n{count} cuts {BUDGETS_W['fleet']} -> {LOW_W} W over 2 workers, from {statistics.mean(before_w):.0f} W "
         f"in force: kept {statistics.median(kept_s) * 1000:.0f} ms after the call at p50, {p99(kept_s) * 1000:.0f} at "
         f"p99, {max(kept_s) * 1000:.0f} at worst; confirmed {statistics.median(settled_s) * 1000:.0f} ms "
         f"after the manager heard at p50, {p99(settled_s) * 1000:.0f} at p99; {sampler.report(BUDGETS_W)}"
     )
-    assert statistics.mean(before_w) > LOW_W + 50, "there was little to cut"
+    assert min(before_w) > LOW_W + 50, "there was little to cut"
     return p99(kept_s)
 
 
-@pytest.mark.minutes
 def test_a_budget_cut_over_two_workers_is_in_force_within_250_ms(cluster):
     with loaded(cluster), sampled(cluster) as sampler:
         wait_for_caps(sampler)
@@ -111,10 +117,13 @@ def test_a_budget_cut_is_in_force_within_700_ms_over_a_link_with_200_ms_of_delay
 
 
 def test_ray_down_leaves_no_process_of_ours_and_every_limit_as_it_was(cluster):
+    def ours(host):
+        return [line for line in cluster.remains(host) if line not in RAYS_OWN]
+
     with sampled(cluster) as sampler:
         cluster.step("ray down")
         down_s = time.monotonic()
-        wait_for(lambda: not any(map(cluster.remains, cluster.network.hosts)), 120, "something of ours stays", 1)
+        wait_for(lambda: not any(map(ours, cluster.network.hosts)), 60, "something of ours stays", 1)
         gone_s = time.monotonic() - down_s
         limits_w = [sampler.gpu_limits_w(node_key(worker.address)) for worker in cluster.workers]
     print(f"\n`ray down` returned; {gone_s:.1f} s later no process of ours is left on any host, limits {limits_w}")

@@ -7,7 +7,7 @@ yet get by the messages under way without any further decision of a manager.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from pals_ray.control.charge import ChargeTerms
@@ -255,15 +255,21 @@ class Disk:
     budget_w: float
     domains: tuple[Domain, ...]
     memos: tuple[NodeMemo, ...] = ()
+    slow: bool = False
 
 
 class Manager:
-    """A manager around a ledger, reduced to what concerns the budget."""
+    """A manager around a ledger, reduced to what concerns the budget. Others act while its disk is slow."""
 
     def __init__(self, world: World, ledger_class: type[Ledger]) -> None:
         self.world = world
         self.clock_s = 1000.0
         self.sent: dict[str, Grant] = {}
+        self.noted = False
+        self.writing: tuple[NodeMemo, ...] | None = None
+        #: What goes once the disk has what was noted; so much of it with the write that is under way.
+        self.later: list[Callable[[], None]] = []
+        self.covered = 0
         disk = world.disk
         disk.epoch += 1
         self.ledger = ledger_class(
@@ -280,32 +286,76 @@ class Manager:
         """Its own monotonic clock."""
         return self.world.now_s + self.clock_s
 
-    def saved(self) -> bool:
-        """Write down what must be before anything is sent; False where a newer manager has written already."""
-        if self.world.disk.epoch > self.ledger.epoch:
-            return not self.ledger.unsaved
+    @property
+    def is_written(self) -> bool:
+        """Whether nothing that was noted is still to be written."""
+        return not self.noted and self.writing is None
+
+    def when_written(self, go: Callable[[], None]) -> None:
+        """Have this done once the disk has all that is to outlive this manager."""
         if self.ledger.unsaved:
-            self.world.disk.memos = self.ledger.memo()
+            self.noted = True
             self.ledger.saved()
-        return True
+        if self.is_written:
+            go()
+            return
+        self.later.append(go)
+        if not self.world.disk.slow:
+            self.write_all()
+
+    def write(self) -> None:
+        """The disk begins a write, or ends the one under way; a newer manager's file is left alone."""
+        if self.writing is None:
+            if self.noted:
+                self.noted, self.writing, self.covered = False, self.ledger.memo(), len(self.later)
+        elif self.world.disk.epoch == self.ledger.epoch:
+            self.world.disk.memos, self.writing = self.writing, None
+            covered, self.later = self.later[: self.covered], self.later[self.covered :]
+            for go in covered:
+                go()
+
+    def write_all(self) -> None:
+        """The disk is quick."""
+        while not self.is_written and self.world.disk.epoch == self.ledger.epoch:
+            self.write()
 
     def send(self, commands: Commands) -> None:
-        """Push orders to agents."""
-        if self.saved():
-            for grant in (*commands.cuts, *commands.raises):
-                self.sent[grant.replica_id] = grant
-                self.world.to_agent(grant.replica_id, grant)
+        """Push orders to agents: those at once that need not wait for the disk."""
+        at_once = [grant for grant in commands.cuts if self.is_written or self.ledger.lowers(grant)]
+        self.push(at_once)
+        grants = [grant for grant in (*commands.cuts, *commands.raises) if grant not in at_once]
+
+        def go() -> None:
+            self.push(grants)
             for order in commands.parks:
                 self.world.to_agent(order.executor, order)
 
+        self.when_written(go)
+
+    def push(self, grants: Iterable[Grant]) -> None:
+        """Push grants to their agents."""
+        for grant in grants:
+            self.note_sent(grant)
+            self.world.to_agent(grant.replica_id, grant)
+
+    def note_sent(self, grant: Grant) -> None:
+        """Remember the newest grant that an agent was sent."""
+        before = self.sent.get(grant.replica_id)
+        if before is None or grant.seq > before.seq:
+            self.sent[grant.replica_id] = grant
+
     def answer(self, agent: Agent, reply: Reply) -> None:
         """Answer an agent."""
-        if self.saved() and agent.alive:
-            if reply.grant is not None:
-                self.sent[agent.replica_id] = reply.grant
-            if reply.terms is not None:
-                self.world.terms[agent.replica_id] = reply.terms
-            self.world.network.append((agent, reply))
+
+        def go() -> None:
+            if agent.alive:
+                if reply.grant is not None:
+                    self.note_sent(reply.grant)
+                if reply.terms is not None:
+                    self.world.terms[agent.replica_id] = reply.terms
+                self.world.network.append((agent, reply))
+
+        self.when_written(go)
 
     def hear(self, sender: Agent, message: object) -> None:
         """Pass a message on to the ledger."""
@@ -329,7 +379,7 @@ class Manager:
             if error.holder not in self.world.agents or not self.world.agents[error.holder].alive:
                 self.send(ledger.leave(error.holder, self.now_s))
         except (StaleEpochError, LedgerError, InfeasibleBudget):
-            self.saved()
+            pass
 
 
 class World:

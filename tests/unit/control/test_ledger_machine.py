@@ -218,6 +218,20 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # -- what goes wrong -------------------------------------------------------------------------------------------
 
+    @rule(slow=st.booleans())
+    def disk_is_slow(self, slow: bool) -> None:
+        """The managers' disk begins or ceases to be slow."""
+        self.world.disk.slow = slow
+        if not slow:
+            for manager in self.world.managers:
+                manager.write_all()
+
+    @precondition(lambda self: self.world.disk.slow)
+    @rule(pick=PICKS)
+    def slow_disk_goes_on(self, pick: int) -> None:
+        """A slow disk begins a manager's next write, or has done the one before."""
+        self.world.managers[pick % len(self.world.managers)].write()
+
     @precondition(lambda self: self.world.living())
     @rule(pick=PICKS, jump_s=st.sampled_from([-100.0, -1.0, 4.0, 1000.0]))
     def agent_clock_jumps(self, pick: int, jump_s: float) -> None:
@@ -278,7 +292,7 @@ class LedgerMachine(RuleBasedStateMachine):
             world.hosts.remove(host)
             for node_id in host.known_as:
                 world.manager.ledger.node_gone(node_id)
-            world.manager.saved()
+            world.manager.when_written(lambda: None)
 
     @rule(wishes_w=WISHES_W)
     def all_is_well_again(self, wishes_w: list[int]) -> None:
@@ -288,6 +302,7 @@ class LedgerMachine(RuleBasedStateMachine):
             for device in host.devices.values():
                 device.failing, device.out_of_band_w = False, float("inf")
         del world.managers[:-1]
+        self.disk_is_slow(slow=False)
         self.agents_are_replaced()
         self.rounds(3, wishes_w)
         self.deaths_are_learnt()
@@ -400,6 +415,11 @@ def leave_without_confirmation(accounts: Accounts, replica: Replica) -> None:
     replica.orders = orders
 
 
+def raises_go_before_the_disk(manager: Manager) -> bool:
+    """Manager.is_written: nobody waits for the disk."""
+    return True
+
+
 WHY_FIXED = planning.why_fixed
 REMOVE_REPLICA = Accounts.remove_replica
 
@@ -413,6 +433,7 @@ REMOVE_REPLICA = Accounts.remove_replica
         (ledger_world, "fence", obey_old_managers),
         (rebuild, "restore", restart_with_empty_books),
         (Accounts, "remove_replica", leave_without_confirmation),
+        (Manager, "is_written", property(raises_go_before_the_disk)),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

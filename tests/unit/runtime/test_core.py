@@ -1,9 +1,11 @@
 """The manager's inner workings beside agents' real hands on virtual GPUs; only Ray between them is left out."""
 
 import asyncio
+import threading
 import time
 import uuid
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -22,7 +24,7 @@ from pals_ray.runtime.devices import Devices
 from pals_ray.runtime.hands import Hands
 from pals_ray.runtime.hardware import HardwareSpec
 from pals_ray.runtime.messages import AgentSpec, Beat, Registration
-from pals_ray.runtime.storage import StorageError, storage_file
+from pals_ray.runtime.storage import ManagerState, StorageError, read_state, storage_file, write_state
 from pals_ray.types import ReplicaTelemetry
 from tests.support.fleets import wait_for
 
@@ -121,28 +123,111 @@ async def core(tmp_path, agents, gpus):
         await agent.join(made)
         await agent.claim(made)
     await beats(made, agents, [266.666] * 3 + [100], gpus)
+    await made.written()
     return made
 
 
+class SlowDisk:
+    """A disk that writes nothing before it is let to; `order` is what it wrote and what was sent."""
+
+    def __init__(self, monkeypatch, agents):
+        self.order, self.goes_on = [], threading.Event()
+        monkeypatch.setattr("pals_ray.runtime.storage.write_state", self._write)
+        for agent in agents:
+            apply = agent.apply.remote
+            monkeypatch.setattr(agent.apply, "remote", partial(self._apply, agent, apply))
+
+    def _apply(self, agent, apply, grant):
+        self.order.append(agent.name)
+        return apply(grant)
+
+    def _write(self, path, state):
+        assert self.goes_on.wait(10)
+        write_state(path, state)
+        self.order.append("disk")
+
+
+@pytest.fixture
+def slow_disk(monkeypatch, core, agents):
+    made = SlowDisk(monkeypatch, agents)
+    yield made
+    made.goes_on.set()
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
 async def test_parked_claimed_and_raised_the_fleet_keeps_the_budget(core, agents, gpus):
-    core.send(core.ledger.set_budget(500.0, 0.0))
+    core.send(core.ledger.set_budget(500.0, time.monotonic()))
     await beats(core, agents, [133.333] * 3 + [100], gpus)
     assert core.ledger.reserved_w() <= 500.0
 
 
-async def test_a_cut_is_under_way_before_the_budget_is_written_down(core, agents, gpus, monkeypatch):
-    order = []
+async def test_a_cut_is_in_force_while_the_disk_is_slow_but_is_not_confirmed_before_it_is_written_down(
+    core, agents, gpus, slow_disk, tmp_path
+):
+    cut = asyncio.create_task(BudgetDesk(core).set(500.0))
+    await until(lambda: [gpu.limit_w() for gpu in gpus] == pytest.approx([133.333] * 3 + [100], abs=0.01))
+    assert not cut.done()
+    assert slow_disk.order == ["a", "b"]
+    slow_disk.goes_on.set()
+    await cut
+    assert read_state(str(tmp_path)).budget_w == 500.0
 
-    def sends(agent):
-        apply = agent.apply.remote
-        return lambda grant: order.append(agent.name) or apply(grant)
 
-    for agent in agents:
-        monkeypatch.setattr(agent.apply, "remote", sends(agent))
-    monkeypatch.setattr("pals_ray.runtime.core.write_state", lambda *_: order.append("disk"))
-    await BudgetDesk(core).set(500.0)
-    assert order[:3] == ["a", "b", "disk"]
-    assert [gpu.limit_w() for gpu in gpus] == pytest.approx([133.333] * 3 + [100], abs=0.01)
+async def test_a_raise_waits_for_a_slow_disk_and_a_cut_overtakes_it(core, agents, gpus, slow_disk, tmp_path):
+    raised = asyncio.create_task(BudgetDesk(core).set(1000.0))
+    await until(lambda: core.ledger.budget_w == 1000.0)
+    core.divide()
+    assert slow_disk.order == []
+    core.send(core.ledger.set_budget(500.0, time.monotonic()))
+    await until(lambda: [gpu.limit_w() for gpu in gpus] == pytest.approx([133.333] * 3 + [100], abs=0.01))
+    assert slow_disk.order == ["a", "b"]
+    slow_disk.goes_on.set()
+    await raised
+    assert slow_disk.order[2] == "disk"
+    await beats(core, agents, [133.333] * 3 + [100], gpus)
+
+
+async def test_a_cut_from_a_raise_that_waits_for_the_disk_waits_too_where_it_lifts_a_limit(
+    core, agents, gpus, slow_disk
+):
+    core.send(core.ledger.set_budget(1200.0, time.monotonic()))
+    core.divide()
+    core.send(core.ledger.set_budget(1000.0, time.monotonic()))
+    await asyncio.sleep(0)
+    assert slow_disk.order == []
+    slow_disk.goes_on.set()
+    await until(lambda: slow_disk.order)
+    assert slow_disk.order[0] == "disk"
+    await beats(core, agents, [300] * 3 + [100], gpus)
+
+
+async def test_no_answer_is_there_before_what_it_promises_is_on_disk_and_one_write_takes_all_that_waits(
+    core, agents, slow_disk, tmp_path
+):
+    writes = [asyncio.create_task(core.store(budget_w=float(watts))) for watts in range(900, 910)]
+    await until(lambda: core.state.budget_w == 909.0)
+    assert not any(write.done() for write in writes)
+    slow_disk.goes_on.set()
+    await asyncio.gather(*writes)
+    assert slow_disk.order == ["disk"]
+    assert read_state(str(tmp_path)).budget_w == 909.0
+
+
+async def test_what_a_fleet_that_stops_forgets_stays_forgotten(core, slow_disk, tmp_path):
+    late = [asyncio.create_task(core.store(budget_w=800.0))]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    late.append(asyncio.create_task(core.store(budget_w=801.0)))
+    await asyncio.sleep(0)
+    slow_disk.goes_on.set()
+    core.forget_all()
+    await asyncio.gather(*late, return_exceptions=True)
+    assert read_state(str(tmp_path)) == ManagerState(epoch=core.state.epoch)
 
 
 async def test_a_budget_that_cannot_be_written_down_is_refused_and_what_was_cut_for_it_rises_again(
@@ -152,7 +237,7 @@ async def test_a_budget_that_cannot_be_written_down_is_refused_and_what_was_cut_
         raise StorageError("no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pals_ray.runtime.core.write_state", full)
+        patch.setattr("pals_ray.runtime.storage.write_state", full)
         with pytest.raises(StorageError, match="no space"):
             await BudgetDesk(core).set(500.0)
     assert (core.ledger.budget_w, core.state.budget_w) == (900.0, 900.0)
@@ -180,6 +265,7 @@ async def test_a_node_that_cannot_be_reached_stays_charged_and_one_that_is_gone_
     assert core.ledger.reserved_w() == pytest.approx(900, abs=1)
     assert set(core.roster.members) == {"a", "b"}
     core.node_gone("node")
+    await core.written()
     assert core.ledger.reserved_w() == pytest.approx(0, abs=1e-6)
     assert (core.roster.members, core.roster.devices, core.ledger.nodes()) == ({}, {}, ())
     newer = FleetCore(str(tmp_path), "session", lambda: None)
@@ -187,7 +273,7 @@ async def test_a_node_that_cannot_be_reached_stays_charged_and_one_that_is_gone_
 
 
 async def test_targets_reach_the_agents_with_their_part_of_the_tokens(core, agents):
-    core.change_target("m", {"throughput_tokens_per_s": 100.0, "priority": 2})
+    await core.change_target("m", {"throughput_tokens_per_s": 100.0, "priority": 2})
     core.divide()
     for agent in agents:
         await agent.tell(core)
