@@ -17,7 +17,6 @@ present cap is always obeyed in the same decision.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +31,6 @@ from pals_ray.control.controller_state import (
 )
 from pals_ray.control.feedback import with_feedback
 from pals_ray.control.graph_sizes import snap
-from pals_ray.control.menu import BUSY_SIGMAS
 from pals_ray.control.moves import heed_kv, move, paced_limit, with_hysteresis
 from pals_ray.control.points import EPS, ask_points, cap_axis_w, points
 from pals_ray.types import Expected, OperatingPoint, Target
@@ -64,7 +62,7 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig | N
         on,
         demand,
         wanted,
-        _in_reach(_inside(seen.target, config.inside), state, seen) if demand > 0 else Target(),
+        _inside(seen.target, config.inside) if demand > 0 else Target(),
         most_batch=float(state.kv_limit or seen.max_batch),
         pin_batch_limit=seen.pin_batch_limit,
         fall=config.fall,
@@ -127,19 +125,6 @@ def _inside(target: Target, share: float) -> Target:
         ttft_p99_s=None if ttft_s is None else share * ttft_s,
         itl_p99_s=None if itl_s is None else share * itl_s,
     )
-
-
-def _in_reach(target: Target, state: ControllerState, seen: Situation) -> Target:
-    """The limits, without a TTFT that even the device's highest cap would not keep: what misses it then is no lack of
-    watts (long prompts, bursts), and all that they could buy is a smaller miss. Places are still kept."""
-    last = state.expected
-    if target.ttft_p99_s is None or seen.model is None or last is None or last.ttft_p99_s <= target.ttft_p99_s:
-        return target
-    crowd = min(last.running + BUSY_SIGMAS * math.sqrt(last.running), seen.max_batch)
-    fastest_s = float(seen.model.predict(seen.terms.max_limit_w, max(crowd, 1.0)).ttft_p99_s)
-    if fastest_s * state.ttft.factor * seen.largest_prompt <= target.ttft_p99_s:
-        return target
-    return replace(target, ttft_p99_s=math.inf)
 
 
 def _slowest_itl_s(seen: Situation, wanted: float, factor: float) -> float:

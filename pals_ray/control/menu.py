@@ -204,16 +204,11 @@ def _planned(on: Surface, demand: float, tails: TailFactors) -> Surface:
 
 
 def latency_met(target: Target, on: Surface) -> FloatArray:
-    """(C, B): 1 within the limits, else limit / latency of the worse miss.
-
-    Where the highest cap does not keep the TTFT either it is no reason for watts (see `controller`): 1.
-    """
+    """(C, B): 1 within the limits, else limit / latency of the worse miss."""
     met = np.ones_like(on.itl_p99_s)
-    if target.itl_p99_s is not None:
-        met = np.minimum(target.itl_p99_s / on.itl_p99_s, 1.0)
-    if target.ttft_p99_s is not None:
-        in_reach = on.ttft_p99_s[-1] <= target.ttft_p99_s
-        met = np.minimum(met, np.where(in_reach, target.ttft_p99_s / on.ttft_p99_s, 1.0))
+    for limit_s, latency_s in ((target.itl_p99_s, on.itl_p99_s), (target.ttft_p99_s, on.ttft_p99_s)):
+        if limit_s is not None:
+            met = np.minimum(met, limit_s / np.maximum(latency_s, limit_s))
     return met
 
 

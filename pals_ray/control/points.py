@@ -154,7 +154,7 @@ def points(
     if target.ttft_p99_s is not None:
         # Once all places are taken, requests wait for one to end.
         places = on.batch[column] / (running + BUSY_SIGMAS * np.sqrt(running))
-        score = score * np.minimum(target.ttft_p99_s / ttft_s, 1.0) * np.minimum(places, 1.0)
+        score = score * target.ttft_p99_s / np.maximum(ttft_s, target.ttft_p99_s) * np.minimum(places, 1.0)
     return Points(
         cap_w=on.cap_w,
         batch_limit=on.batch[column],

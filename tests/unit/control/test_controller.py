@@ -133,15 +133,6 @@ def test_larger_prompts_than_the_model_knows_ask_for_a_higher_cap():
     assert large.point.cap_w == pytest.approx(30 / (0.97 * 0.15), abs=6.0)
 
 
-@pytest.mark.parametrize(("limit_s", "kept"), [(0.055, True), (0.04, False)])
-def test_a_ttft_that_the_highest_cap_does_not_keep_buys_no_watts(limit_s, kept):
-    seen = situation(target=Target(ttft_p99_s=limit_s), telemetry=serving(running=4, throughput=40.0))
-    missed = decide(at(200.0, demand_tokens_per_s=40.0, cap_changed_s=99.5), seen)
-    assert missed.expected.ttft_p99_s > limit_s
-    later = decide(missed.state, replace(seen, now_s=seen.now_s + 10.0))
-    assert (later.point.cap_w > 200.0) == kept
-
-
 def test_the_batch_limit_is_lowered_for_the_inter_token_latency_and_not_for_watts():
     busy = serving(running=20, throughput=120.0)
     assert decide(ControllerState(), situation(telemetry=busy)).point.batch_limit == 64

@@ -180,9 +180,3 @@ def test_a_replica_whose_agent_sees_longer_latencies_than_predicted_needs_more_w
     believed, seen = (replica_menu(replace(replica, tails=TailFactors(itl=factor)), on, None) for factor in (1.0, 1.1))
     assert min(seen.share[best(seen)], believed.share[best(believed)]) > 0.98
     assert seen.cap_w[best(seen)] > believed.cap_w[best(believed)]
-
-
-def test_a_ttft_that_the_highest_cap_does_not_keep_is_no_reason_for_watts(on, make_replica):
-    plain = replica_menu(make_replica(demand=100), on, None)
-    menu = replica_menu(make_replica(demand=100, target=Target(ttft_p99_s=1e-3)), on, None)
-    assert menu.cap_w[best(menu)] == plain.cap_w[best(plain)]
