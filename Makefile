@@ -32,7 +32,7 @@ test-ray test-engine test-e2e: test-%: $(VENV)/.dev
 
 # Several hosts, as network namespaces of this machine: needs root and openssh-server, iproute2, rsync; skipped without.
 # `make test` brings a fleet up by the README's steps, cuts its budget 50 times and takes it down again; this also slows and
-# cuts links and loses hosts, and prints the worst sample and the recovery of each. Takes 20 minutes.
+# cuts links and loses hosts, and prints the worst sample and the recovery of each. Takes 15 minutes.
 test-hosts: $(VENV)/.dev
 	$(PYTEST) -s tests/hosts
 

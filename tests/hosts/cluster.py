@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ _LAUNCHER_STATE = [Path("/tmp/ray/cluster-pals.state"), Path("/tmp/ray/cluster-p
 _SET_BUDGETS = """
 import json, sys, time
 import pals_ray
-fleet = pals_ray.connect(sys.argv[1])
+fleet = pals_ray.connect()
 for watts in map(float, sys.stdin):
     called_s = time.monotonic()
     change = fleet.set_budget(watts)
@@ -108,8 +108,8 @@ class HostCluster:
 
     # -- the operator ------------------------------------------------------------------------------------------------
 
-    def operate(self, command: str, *, timeout_s: float = 240, check: bool = True, typed: str = "") -> str:
-        """Run a command of the README as the operator, in the checkout; what it printed. `typed` is its input."""
+    def operate(self, command: str, *, timeout_s: float = 240, check: bool = True) -> str:
+        """Run a command of the README as the operator, in the checkout; what it printed."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PALS_"))}
         environment |= {
             **_ENVIRONMENT,
@@ -121,7 +121,7 @@ class HostCluster:
             ["bash", "-c", command.replace("HEAD_ADDRESS", self.head.address)],
             cwd=self.checkout,
             env=environment,
-            input=typed,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -141,21 +141,16 @@ class HostCluster:
         print(f"\n[{time.monotonic() - began_s:.1f} s] {step}")
         return out
 
-    def set_budget(self, budget_w: float) -> BudgetStep:
-        """Set the budget by a handle outside the cluster."""
-        (self._home / "set_budgets.py").write_text(_SET_BUDGETS)
-        command = "RAY_AUTH_MODE=token python ~/set_budgets.py ray://HEAD_ADDRESS:10001"
-        (step,) = _steps(self.operate(command, typed=f"{budget_w:g}\n").splitlines())
-        return step
-
     @contextmanager
     def handle_on_head(self) -> Iterator[Callable[[float], BudgetStep]]:
         """What sets one budget after another by a handle on the head."""
         (self.head.home / "set_budgets.py").write_text(_SET_BUDGETS)
-        with self.head.begin("python ~/set_budgets.py auto") as process:
+        with self.head.begin("python ~/set_budgets.py") as process:
             assert process.stdin is not None
             assert process.stdout is not None
-            asked, steps = process.stdin, _steps(process.stdout)
+            asked = process.stdin
+            # Among other lines that are printed.
+            steps = (BudgetStep(*json.loads(line)) for line in process.stdout if re.match(r"\[[\d.]+, ", line))
 
             def set_budget(budget_w: float) -> BudgetStep:
                 asked.write(f"{budget_w:g}\n")
@@ -208,11 +203,6 @@ class HostCluster:
             _forget_memory(host)
         for path in _LAUNCHER_STATE:
             path.unlink(missing_ok=True)
-
-
-def _steps(lines: Iterable[str]) -> Iterator[BudgetStep]:
-    """The budgets set, among other lines that were printed."""
-    return (BudgetStep(*json.loads(line)) for line in lines if re.match(r"\[[\d.]+, ", line))
 
 
 def boot_anew(host: Host) -> None:

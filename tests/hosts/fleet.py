@@ -80,6 +80,11 @@ def wait_for_caps(sampler: LimitSampler) -> None:
     wait_for(lambda: sampler.last[1]["fleet"] > LOW_W + 100, 60, "the load raises no cap", 0.05)
 
 
+def look_on(sampler: LimitSampler, since_s: float, for_s: float) -> None:
+    """Let the samples go on for so long after a time."""
+    wait_for(lambda: sampler.last[0] > since_s + for_s, for_s + 5, "nobody looks at the limits", 0.02)
+
+
 @contextmanager
 def loaded(cluster: HostCluster, streams: int = 8) -> Iterator[None]:
     """So many requests in flight on each model while the block runs; after one that fails the next is asked."""

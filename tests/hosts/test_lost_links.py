@@ -43,14 +43,14 @@ def recovered(cluster, places):
 
 def test_a_slow_lossy_link_loses_neither_the_budget_nor_a_replica(cluster):
     places = cluster.places()
-    with loaded(cluster), sampled(cluster) as sampler:
+    with loaded(cluster), sampled(cluster) as sampler, cluster.handle_on_head() as set_budget:
         cluster.workers[0].slow(delay_s=0.2, loss=0.05)
         try:
             time.sleep(20)
-            cluster.set_budget(LOW_W)
+            set_budget(LOW_W)
             kept_s = time.monotonic()
             time.sleep(5)
-            back = cluster.set_budget(BUDGETS_W["fleet"])
+            back = set_budget(BUDGETS_W["fleet"])
         finally:
             cluster.workers[0].heal()
         took_s = wait_for(lambda: recovered(cluster, places), 90, "the fleet does not re-form")

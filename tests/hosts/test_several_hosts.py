@@ -11,7 +11,7 @@ import pytest
 from pals_ray.runtime.node import node_key
 from tests.hosts import network
 from tests.hosts.cluster import HostCluster
-from tests.hosts.fleet import BUDGETS_W, LOW_W, MODELS, bring_up, loaded, sampled, wait_for_caps
+from tests.hosts.fleet import BUDGETS_W, LOW_W, MODELS, bring_up, loaded, look_on, sampled, wait_for_caps
 from tests.support import fleets
 from tests.support.fleets import wait_for
 
@@ -53,15 +53,17 @@ def test_each_model_is_on_a_worker_of_its_own_and_the_head_serves_both(cluster):
 
 
 def test_the_budget_moves_from_outside_the_cluster_and_on_the_head_and_holds_in_every_domain(cluster):
-    with loaded(cluster), sampled(cluster) as sampler:
+    with loaded(cluster), sampled(cluster) as sampler, cluster.handle_on_head() as set_budget:
         wait_for_caps(sampler)
         assert f"-> {LOW_W} W" in cluster.step("ray exec cluster.yaml 'pals budget set", LOW_W)
         on_head_s = time.monotonic()
-        first_rise = cluster.set_budget(BUDGETS_W["fleet"])
+        look_on(sampler, on_head_s, 3)
+        first_rise = set_budget(BUDGETS_W["fleet"])
         wait_for_caps(sampler)
         cluster.step("RAY_AUTH_MODE", LOW_W)
         outside_s = time.monotonic()
-        second_rise = cluster.set_budget(BUDGETS_W["fleet"])
+        look_on(sampler, outside_s, 3)
+        second_rise = set_budget(BUDGETS_W["fleet"])
     print("\n" + sampler.report(BUDGETS_W))
     assert sampler.within(BUDGETS_W)
     assert sampler.within({"fleet": LOW_W}, on_head_s, first_rise.called_s)
@@ -79,7 +81,7 @@ def steps_in_force_s(cluster, sampler, count):
         for _ in range(count):
             wait_for_caps(sampler)
             cut = set_budget(LOW_W)
-            wait_for(lambda cut=cut: sampler.last[0] > cut.returned_s + 0.1, 5, "nobody looks at the limits", 0.02)
+            look_on(sampler, cut.returned_s, 0.1)
             rise = set_budget(BUDGETS_W["fleet"])
             before_w.append(sampler.at_w("fleet", cut.called_s))
             kept_s.append(sampler.kept_after_s("fleet", cut.budget_w, cut.called_s, rise.called_s))
