@@ -175,13 +175,23 @@ def connect(address: str = "auto") -> Fleet:
     if not ray.is_initialized():
         _refuse_unreachable(address)
         try:
-            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+            _join(address)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise NotRunning(
                 f"no Ray cluster answers at {address!r} ({error}); start the fleet with `serve run deployments:app`, "
                 "or set RAY_ADDRESS"
             ) from error
     return connect_from_actor()
+
+
+def _join(address: str) -> None:
+    def join() -> None:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+
+    try:
+        join()
+    except ConnectionAbortedError:  # a head under load may fail to start Ray's server for this client: once in some 20
+        join()
 
 
 def _refuse_unreachable(address: str) -> None:
