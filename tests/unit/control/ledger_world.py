@@ -394,6 +394,7 @@ class World:
         self.hosts = list(hosts)
         self.agents: dict[str, Agent] = {}
         self.stopped: set[str] = set()
+        self.switched_off: set[str] = set()
         self.disk = Disk(0, budget_w, domains)
         self.ledger_class = ledger
         self.managers = [Manager(self, ledger)]
@@ -467,6 +468,13 @@ class World:
     def replace_agent(self, agent: Agent) -> None:
         """A dead agent's replica gets another one, which knows nothing but the GPUs."""
         self.agents[agent.replica_id] = Agent(self, agent.replica_id, agent.host, agent.num_gpus, agent.uuids)
+
+    def count_out(self) -> None:
+        """The manager learns which nodes are gone for good; again, if one before it wrote nothing of it down."""
+        ledger = self.manager.ledger
+        for node_id in self.switched_off & {view.node_id for view in ledger.nodes()}:
+            ledger.node_gone(node_id)
+        self.manager.when_written(lambda: None)
 
     def bury(self) -> None:
         """The manager learns which replicas are gone for certain."""

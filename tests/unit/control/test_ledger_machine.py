@@ -204,7 +204,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule()
     def deaths_are_learnt(self) -> None:
-        """The manager hears which replicas are gone."""
+        """The manager hears which nodes and replicas are gone."""
+        self.world.count_out()
         self.world.bury()
 
     @rule(old_lives=st.booleans())
@@ -284,15 +285,14 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.world.hosts) > 2)
     @rule(pick=PICKS)
     def host_is_switched_off(self, pick: int) -> None:
-        """A host on which nothing of ours runs is switched off, and the manager is told."""
+        """A host on which nothing of ours runs is switched off, and the manager learns of it."""
         world = self.world
         host = world.hosts[pick % len(world.hosts)]
         running = [agent for name, agent in world.agents.items() if name not in world.stopped]
         if all(agent.host is not host for agent in running):
             world.hosts.remove(host)
-            for node_id in host.known_as:
-                world.manager.ledger.node_gone(node_id)
-            world.manager.when_written(lambda: None)
+            world.switched_off.update(host.known_as)
+            world.count_out()
 
     @rule(wishes_w=WISHES_W)
     def all_is_well_again(self, wishes_w: list[int]) -> None:
