@@ -9,23 +9,31 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from pals_ray.engine.batch_limit import SchedulerHook
 from pals_ray.engine.block import BLOCK_VARIABLE, BlockError, ControlBlock
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
 
 _PR_SET_PDEATHSIG = 1
 
 
-class PowerAwareScheduler(AsyncScheduler):  # type: ignore[misc]
+class PowerAwareScheduler(Scheduler):  # type: ignore[misc]
     """vLLM's scheduler, admitting at most as many sequences as the control block says.
 
     A lower limit drains: nothing running is preempted, waiting requests are kept. The limit never exceeds the start
     value (`max_num_seqs`), which sizes buffers and CUDA graphs. Raises `BlockError` where the environment names no
     block.
     """
+
+    def __new__(cls, vllm_config: VllmConfig, **_: Any) -> PowerAwareScheduler:
+        """Over the scheduler that vLLM would take for this engine: the asynchronous one costs each step more."""
+        asynchronous = cls is PowerAwareScheduler and vllm_config.scheduler_config.async_scheduling
+        made: PowerAwareScheduler = super().__new__(_PowerAwareAsyncScheduler if asynchronous else cls)
+        return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,6 +57,10 @@ class PowerAwareScheduler(AsyncScheduler):  # type: ignore[misc]
         output = super().schedule(*args, **kwargs)
         self._pals_hook.publish(len(self.running), len(self.waiting) + len(self.skipped_waiting))
         return output
+
+
+class _PowerAwareAsyncScheduler(PowerAwareScheduler, AsyncScheduler):  # type: ignore[misc]
+    """The same, for engines that schedule a step before the last one's tokens are known."""
 
 
 def die_with_parent() -> None:

@@ -7,6 +7,7 @@ import torch
 from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -31,10 +32,10 @@ def vllm_config(tmp_path_factory):
             max_num_batched_tokens=512,
             max_model_len=256,
             is_encoder_decoder=False,
-            async_scheduling=True,
         ),
         device_config=DeviceConfig("cpu"),
     )
+    config.scheduler_config.async_scheduling = True  # vLLM turns it off on a CPU
     config.cache_config.num_gpu_blocks = 1000
     return config
 
@@ -135,9 +136,16 @@ def test_a_raised_limit_admits_what_waits_but_never_above_the_start_value(schedu
     assert not scheduler.requests
 
 
-def test_without_an_order_it_schedules_what_vllms_own_does(vllm_config, block):
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_it_is_over_the_scheduler_that_vllm_would_take(vllm_config, block, monkeypatch, asynchronous):
+    monkeypatch.setattr(vllm_config.scheduler_config, "async_scheduling", asynchronous)
+    ours, theirs = make_scheduler(vllm_config), vllm_config.scheduler_config.get_scheduler_cls()
+    assert isinstance(ours, PowerAwareScheduler)
+    assert isinstance(ours, theirs)
+    assert isinstance(ours, AsyncScheduler) is asynchronous
 
+
+def test_without_an_order_it_schedules_what_vllms_own_does(vllm_config, block):
     ours, theirs = make_scheduler(vllm_config), make_scheduler(vllm_config, AsyncScheduler)
     steps = []
     for scheduler in (ours, theirs):

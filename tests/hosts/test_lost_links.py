@@ -98,7 +98,7 @@ def test_a_link_cut_for_30_s_ends_in_the_fail_safe_cap_stays_charged_and_heals_b
         raised_s = wait_for(
             lambda: min(sampler.gpu_limits_w(key)[n] for n in numbers) > FAIL_SAFE_W + 10, 60, "it is not raised again"
         )
-        look_on(sampler, time.monotonic(), 20)  # Serve asks every 10 s after a replica, and stops what it gives up later
+        look_on(sampler, time.monotonic(), 20)  # Serve stops what it gave up only at its next look
         assert recovered(cluster, places), "Serve gave up a replica that only could not be reached"
     print(
         f"\nlink cut for 30 s: at the fail-safe cap after {fail_safe_s:.1f} s, charged {charged_w:.0f} W all along; "
