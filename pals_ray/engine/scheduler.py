@@ -30,7 +30,7 @@ class PowerAwareScheduler(Scheduler):  # type: ignore[misc]
     """
 
     def __new__(cls, vllm_config: VllmConfig, **_: Any) -> PowerAwareScheduler:
-        """Over the scheduler that vLLM would take for this engine: the asynchronous one costs each step more."""
+        """Over the scheduler that vLLM would take for this engine, by its own setting."""
         asynchronous = cls is PowerAwareScheduler and vllm_config.scheduler_config.async_scheduling
         made: PowerAwareScheduler = super().__new__(_PowerAwareAsyncScheduler if asynchronous else cls)
         return made
