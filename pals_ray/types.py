@@ -142,7 +142,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Percentiles of a latency over a window, s; None where nothing completed. `recent_p99_s` is over the short one."""
+    """Percentiles of a latency over a window, s; None where nothing completed. `recent_p99_s` is over a shorter one."""
 
     p50_s: float | None = None
     p99_s: float | None = None

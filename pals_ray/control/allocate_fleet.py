@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -96,6 +97,12 @@ def targets_tokens_per_s(snapshot: FleetSnapshot) -> dict[str, float | None]:
             part = (r.demand_tokens_per_s or 0.0) / sum(known) if by_demand else 1 / len(serving)
             parts[r.replica_id] = None if whole is None else whole * part
     return {r.replica_id: parts.get(r.replica_id) for r in snapshot.replicas}
+
+
+def serving(snapshot: FleetSnapshot) -> dict[str, int]:
+    """By replica, how many replicas serve its model: parked ones do not."""
+    counts = Counter(r.model for r in snapshot.replicas if not r.parked)
+    return {r.replica_id: max(counts[r.model], 1) for r in snapshot.replicas}
 
 
 def violating(replica: ReplicaSnapshot, wanted_tokens_per_s: float) -> bool:

@@ -31,6 +31,7 @@ from pals_ray.control.controller_state import (
 )
 from pals_ray.control.feedback import with_feedback
 from pals_ray.control.graph_sizes import snap
+from pals_ray.control.latency_feedback import within_reach
 from pals_ray.control.moves import heed_kv, move, paced_limit, with_hysteresis
 from pals_ray.control.points import EPS, ask_points, cap_axis_w, points
 from pals_ray.types import Expected, OperatingPoint, Target
@@ -94,6 +95,11 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig | N
         ttft_p99_s=float(found.ttft_p99_s[chosen]),
     )
     point = OperatingPoint(float(axis[chosen]), snap(limit, seen.max_batch))
+    state = replace(
+        state,
+        itl=within_reach(state.itl, seen.target.itl_p99_s, float(found.itl_p99_s[-1])),
+        ttft=within_reach(state.ttft, seen.target.ttft_p99_s, float(found.ttft_p99_s[-1])),
+    )
     return _decision(state, seen, point, _told(seen, point, expected, why), expected)
 
 

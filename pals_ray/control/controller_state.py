@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.latency_feedback import TailState
 from pals_ray.control.pid import Gains, PidState
+from pals_ray.control.telemetry import RATE_S
 from pals_ray.models.base import PowerModel
 from pals_ray.types import Expected, OperatingPoint, ReplicaTelemetry, Target
 
@@ -68,7 +69,8 @@ class Situation:
     that the GPUs report, None where unknown.
 
     `target.throughput_tokens_per_s` is this replica's part. `model` is already corrected; None: not known yet.
-    `largest_prompt` is the TTFT of the largest prompt expected relative to that of the model's workload.
+    `largest_prompt` is the TTFT of the largest prompt expected relative to that of the model's workload. The latencies'
+    `recent_p99_s` are over `recent_s`.
     """
 
     now_s: float
@@ -82,6 +84,7 @@ class Situation:
     pin_cap_w: float | None = None
     pin_batch_limit: int | None = None
     largest_prompt: float = 1.0
+    recent_s: float = RATE_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from pals_ray.control.latency_feedback import follow
 from pals_ray.control.menu import Surface, with_queue_tokens_per_s
 from pals_ray.control.pid import correct
 from pals_ray.control.points import corrected
-from pals_ray.control.telemetry import RATE_S
 from pals_ray.models.base import FloatArray
 
 
@@ -26,7 +25,7 @@ def with_feedback(
         return float(np.interp(telemetry.running, batch, values[here]))
 
     busy = telemetry.running > 0
-    tails = {"window_s": RATE_S, "hold_s": config.tail_hold_s, "lag_s": config.tail_lag_s}
+    tails = {"window_s": seen.recent_s, "hold_s": config.tail_hold_s, "lag_s": config.tail_lag_s}
     # Held against what the point in force was chosen on: whatever is assumed too high in there cancels out.
     then = state.expected
     said_ttft_s = then.ttft_p99_s / (state.ttft.factor * seen.largest_prompt) if then else now(raw.ttft_p99_s)
@@ -61,7 +60,7 @@ def with_feedback(
     rush = _toward(state.rush_tokens_per_s, arriving, dt_s, config.rush_s)
     steady = _toward(state.demand_tokens_per_s, arriving, dt_s, lag_s)
     made = _toward(state.made_tokens_per_s, makes, dt_s, lag_s)
-    if busy and max(rush, steady) > config.leap * min(rush, steady):
+    if busy and rush > config.leap * steady:
         steady = made = rush
     # Between sparse requests the cap waits for the next prompt; in a longer silence it does not.
     if not busy and telemetry.waiting == 0 and steady < config.silent_tokens_per_s:

@@ -6,7 +6,7 @@ from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.controller import decide
 from pals_ray.control.controller_state import ControllerConfig, ControllerState, Situation
 from pals_ray.control.latency_feedback import TailFactors
-from pals_ray.control.telemetry import RATE_S, TelemetryWindow
+from pals_ray.control.telemetry import LATENCY_S, RATE_S, TelemetryWindow
 from pals_ray.models.base import PowerModel
 from pals_ray.models.correction import CorrectedModel, Correction, Observation
 from pals_ray.types import Expected, Grant, OperatingPoint, ReplicaTelemetry, Target
@@ -15,12 +15,14 @@ from pals_ray.types import Expected, Grant, OperatingPoint, ReplicaTelemetry, Ta
 class Pilot:
     """Knows no devices and no clock; times are s of the agent's monotonic clock.
 
-    `largest_prompt` is the TTFT of the largest prompt expected relative to that of the model's workload.
+    `largest_prompt` is the TTFT of the largest prompt expected relative to that of the model's workload. `serving` is
+    how many replicas the model has.
     """
 
     def __init__(self, num_gpus: int, largest_prompt: float = 1.0, config: ControllerConfig | None = None) -> None:
         self.correction = Correction()
         self.target = Target()
+        self.serving = 1
         self._num_gpus = num_gpus
         self._largest_prompt = largest_prompt
         self._config = config
@@ -35,6 +37,15 @@ class Pilot:
         if source != self._source:
             self.correction = Correction()
         self._model, self._source = model, source
+
+    @property
+    def recent_s(self) -> float:
+        """Over what the latencies that feedback answers to are to be taken, s.
+
+        An interval is judged over all replicas of a model. So many fewer requests end in one of them: their p99 over as
+        short a time would be that of a single late one.
+        """
+        return min(RATE_S * self.serving, LATENCY_S)
 
     @property
     def expected(self) -> Expected | None:
@@ -116,6 +127,7 @@ class Pilot:
             pin_cap_w=grant.pin_cap_w if may_cap else in_force_w,
             pin_batch_limit=grant.pin_batch_limit,
             largest_prompt=self._largest_prompt,
+            recent_s=self.recent_s,
         )
         decision = decide(self._state, situation, self._config)
         self._state = decision.state

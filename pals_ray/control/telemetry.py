@@ -85,11 +85,13 @@ def between(first: Reading, last: Reading) -> ReplicaTelemetry:
 
 
 class TelemetryWindow:
-    """The recent readings of one replica. Rates and power are over `rate_s`, latencies over `latency_s`."""
+    """The recent readings of one replica. Rates and power are over `rate_s`, latencies over `latency_s`, those called
+    recent over `recent_s` (`rate_s` unless set), at most `latency_s`."""
 
     def __init__(self, rate_s: float = RATE_S, latency_s: float = LATENCY_S) -> None:
         self._rate_s = rate_s
         self._latency_s = latency_s
+        self.recent_s = rate_s
         self._readings: deque[Reading] = deque()
         self._summary: ReplicaTelemetry | None = ReplicaTelemetry()
 
@@ -120,6 +122,7 @@ class TelemetryWindow:
         if last.engine is None:
             return ReplicaTelemetry(power_w=power_w, energy_j=last.energy_j, binding_share=binding)
         now, before = last.engine, first.engine or self._engine_since(first.time_s)
+        recent_from = self._engine_since(last.time_s - self.recent_s)
         oldest = self._engine_since(last.time_s - self._latency_s)
         span_s = max(elapsed_s, 1e-9)
         steps, wall_s = now.steps - before.steps, now.wall_s - before.wall_s
@@ -136,8 +139,8 @@ class TelemetryWindow:
             power_w=power_w,
             energy_j=last.energy_j,
             tokens=now.generation_tokens,
-            ttft=_latency(now.ttft_counts, before.ttft_counts, oldest.ttft_counts),
-            itl=_latency(now.itl_counts, before.itl_counts, oldest.itl_counts),
+            ttft=_latency(now.ttft_counts, recent_from.ttft_counts, oldest.ttft_counts),
+            itl=_latency(now.itl_counts, recent_from.itl_counts, oldest.itl_counts),
             late_share=(now.late_steps - before.late_steps) / steps if steps else 0.0,
             modelled_over_wall=(now.modelled_s - before.modelled_s) / wall_s if wall_s > 0 else 1.0,
             binding_share=binding,

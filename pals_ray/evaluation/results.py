@@ -29,11 +29,15 @@ _CAP_CELL_W, _BATCH_CELL = 5.0, 4
 
 Json = dict[str, Any]
 
+#: Less gain than this is none: a share of it would be one of rounding.
+LEAST_GAIN = 1e-3
+
 
 def run_case(runs: CaseRuns, policies: Sequence[str], seeds: Sequence[int]) -> Json:
     """Run a case with these policies (and `static`, the reference) and give everything that tables and pictures need.
 
-    A gain is one over `static` on the same seed. `share_of_oracle_gain` is of the node-level gain, None without oracle.
+    A gain is one over `static` on the same seed. `share_of_oracle_gain` is of the node-level gain, None without
+    an oracle or where that gains next to nothing.
     """
     case = runs.case
     static = [runs.static(seed) for seed in seeds]
@@ -73,7 +77,9 @@ def _policy(runs: CaseRuns, made: Sequence[Run], static: Sequence[Run], oracle_g
     node = [gain(run.figures.tokens_per_joule, ref.figures.tokens_per_joule) for run, ref in pairs]
     gpu = [gain(run.figures.tokens_per_joule_gpu, ref.figures.tokens_per_joule_gpu) for run, ref in pairs]
     spread = estimates([run.figures for run in made])
-    share = None if not oracle_gain else math.fsum(node) / len(node) / oracle_gain
+    share = None
+    if oracle_gain is not None and oracle_gain >= LEAST_GAIN:
+        share = math.fsum(node) / len(node) / oracle_gain
     by_model = [model_figures(run.result, WARM_UP_S) for run in made]
     return {
         "figures": {name: None if e is None else e.mean for name, e in spread.items()},

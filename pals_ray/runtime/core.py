@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from pals_ray.config import FleetConfig
-from pals_ray.control.allocate_fleet import targets_tokens_per_s
+from pals_ray.control.allocate_fleet import serving, targets_tokens_per_s
 from pals_ray.control.dividing import Divider
 from pals_ray.control.ledger import Ledger
 from pals_ray.control.orders import AgentReport, Commands, NodeInfo, Reply
@@ -58,6 +58,7 @@ class FleetCore:
         self._sending: set[asyncio.Task[None]] = set()
         self._targeting = asyncio.Lock()
         self._parts_tokens_per_s: Mapping[str, float | None] = {}
+        self._serving: Mapping[str, int] = {}
         self._config: FleetConfig | None = None
         self._ledger: Ledger | None = None
         self._divider: Divider | None = None
@@ -199,7 +200,8 @@ class FleetCore:
         self._on_change()
 
     def _answer(self, reply: Reply, replica_id: str) -> Answer:
-        return Answer(reply, self.config.fail_safe_cap_w, self._target_of(replica_id))
+        target, serving_now = self._target_of(replica_id), self._serving.get(replica_id, 1)
+        return Answer(reply, self.config.fail_safe_cap_w, target, serving_now)
 
     def _target_of(self, replica_id: str) -> Target:
         """Its model's target, with this replica's part of the tokens/s."""
@@ -220,7 +222,7 @@ class FleetCore:
         if self.stopping or self._divider is None:
             return
         snapshot = self.snapshot()
-        self._parts_tokens_per_s = targets_tokens_per_s(snapshot)
+        self._parts_tokens_per_s, self._serving = targets_tokens_per_s(snapshot), serving(snapshot)
         shares = self._divider.shares(snapshot, self.roster.models, self.desk.holds)
         self.send(ledger.plan(shares, snapshot.now_s))
 

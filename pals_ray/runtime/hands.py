@@ -84,7 +84,8 @@ class Hands:
         if not reply.session:
             return
         self._fail_safe_w = answer.fail_safe_w
-        self._pilot.target = answer.target
+        self._pilot.target, self._pilot.serving = answer.target, answer.serving
+        self._window.recent_s = self._pilot.recent_s
         self.terms = reply.terms
         if reply.park is None:
             self._park, self.parked_w = None, {}

@@ -106,13 +106,15 @@ class Agent:
         """Obey no manager older than this one."""
         self._lease = fence(self._lease, epoch)
 
-    def hear(self, reply: Reply, target: Target, now_s: float) -> None:
-        """The manager's answer to a hello, a claim or a beat, with this replica's part of its model's target."""
+    def hear(self, reply: Reply, target: Target, serving: int, now_s: float) -> None:
+        """The manager's answer to a hello, a claim or a beat. `target` has this replica's part of the tokens/s;
+        `serving` is how many replicas the model has."""
         if self.silent or reply.epoch < self._lease.fence_epoch:
             return
         self.fence(reply.epoch)
         self._session = reply.session
-        self._pilot.target = target
+        self._pilot.target, self._pilot.serving = target, serving
+        self._window.recent_s = self._pilot.recent_s
         if not reply.session:
             self.send_hello(self.hello(), now_s)
             return

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from pals_ray.control.allocate_fleet import targets_tokens_per_s
+from pals_ray.control.allocate_fleet import serving, targets_tokens_per_s
 from pals_ray.control.dividing import Divider
 from pals_ray.control.latency_feedback import TailFactors
 from pals_ray.control.ledger import Ledger
@@ -61,6 +61,7 @@ class Manager:
         self._members: dict[str, _Member] = {}
         self._raising = False
         self._parts: Mapping[str, float | None] = {}
+        self._serving: Mapping[str, int] = {}
         self._divider = Divider(getattr(setting.policy, "__module__", "policy"), setting.policy)
         self._reserve_w = setting.fleet.reserve_w
         self.ledger = Ledger(
@@ -92,7 +93,7 @@ class Manager:
         agent.fence(self.ledger.epoch)
         reply = self.ledger.hello(agent.hello(), now_s)
         reply, _ = self.ledger.claim(agent.replica_id, reply.session, agent.limits_w, now_s)
-        agent.hear(reply, self._target_of(agent.replica_id), now_s)
+        agent.hear(reply, self._target_of(agent.replica_id), self._serving.get(agent.replica_id, 1), now_s)
 
     def hello(self, hello: Hello, now_s: float) -> None:
         """An agent that this manager does not know yet."""
@@ -149,7 +150,7 @@ class Manager:
     def divide(self, now_s: float) -> None:
         """Ask the policy and send what the ledger allows of its answer."""
         snapshot = self._snapshot(now_s)
-        self._parts = targets_tokens_per_s(snapshot)
+        self._parts, self._serving = targets_tokens_per_s(snapshot), serving(snapshot)
         shares = self._divider.shares(snapshot, self._models())
         self.divisions += shares is not None
         self._send(self.ledger.plan(shares, now_s), now_s)
@@ -186,7 +187,8 @@ class Manager:
 
     def _answer(self, name: str, reply: Reply, now_s: float) -> None:
         self.ledger.saved()
-        self._mail.send(now_s, partial(self._members[name].agent.hear, reply, self._target_of(name)))
+        answer = partial(self._members[name].agent.hear, reply, self._target_of(name), self._serving.get(name, 1))
+        self._mail.send(now_s, answer)
 
     def _send(self, commands: Commands, now_s: float) -> None:
         # What is to outlive the manager is taken from its ledger when it goes: the same as if it had been written now.
