@@ -56,6 +56,17 @@ def test_rates_are_over_the_short_window_and_latencies_over_the_long_one():
     assert seen.running == 3
 
 
+def test_recent_latencies_are_over_as_long_as_is_asked():
+    window = TelemetryWindow(rate_s=5, latency_s=60)
+    slow = histogram([0.5] * 100)
+    for t in range(31):
+        window.add(Reading(t, engine(itl_counts=slow if t >= 15 else EMPTY), energy_j=0.0, power_w=1))
+    assert window.summary().itl.recent_p99_s is None
+    window.recent_s = 20
+    window.add(Reading(31, engine(itl_counts=slow), energy_j=0.0, power_w=1))
+    assert window.summary().itl.recent_p99_s == pytest.approx(0.5, rel=0.06)
+
+
 def test_what_arrives_is_told_by_requests_that_come_in_served_or_not():
     window = TelemetryWindow(rate_s=5, latency_s=60)
     for t in range(0, 121, 10):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pals_ray.control.latency_feedback import Peak, TailState, follow
+from pals_ray.control.latency_feedback import Peak, TailState, follow, within_reach
 
 WINDOWS = {"window_s": 5.0, "hold_s": 60.0, "lag_s": 3.0}
 
@@ -53,3 +53,31 @@ def test_a_raise_of_the_cap_is_not_blamed_for_what_was_slow_before_it():
     state = run(TailState(), 0.2, 0.2, 30)
     after = run(state, 0.2, 0.05, 4)  # the window still holds slow tokens, the prediction is for the new cap
     assert math.isclose(after.factor, 1.0, rel_tol=0.01)
+
+
+def test_one_excess_that_no_cap_would_have_kept_is_passed_over_a_second_is_not():
+    calm = within_reach(run(TailState(), 0.1, 0.1, 10), 0.12, 0.1)
+    once = run(run(calm, 0.2, 0.1, 5), 0.1, 0.1, 10)
+    assert once.factor == pytest.approx(1.0, rel=0.01)
+    again = run(run(once, 0.2, 0.1, 5), 0.1, 0.1, 5)
+    assert again.factor == pytest.approx(2.0, rel=0.1)
+    # After a hold without one the next is chance again.
+    later = run(run(run(once, 0.1, 0.1, 60), 0.2, 0.1, 5), 0.1, 0.1, 10)
+    assert later.factor == pytest.approx(1.0, rel=0.01)
+
+
+def test_an_excess_that_lasts_counts_though_no_cap_would_have_kept_it():
+    state = within_reach(run(TailState(), 0.1, 0.1, 10), 0.12, 0.1)
+    assert run(state, 0.2, 0.1, 20).factor == pytest.approx(2.0, rel=0.1)
+
+
+def test_an_excess_that_a_higher_cap_keeps_counts_at_once():
+    state = within_reach(run(TailState(), 0.1, 0.1, 10), 0.25, 0.1)
+    assert run(state, 0.2, 0.1, 5).factor > 1.5
+
+
+@given(st.floats(0.05, 1.0), st.floats(0.05, 1.0), st.floats(-1.0, 1.0))
+def test_what_is_within_reach_does_not_depend_on_the_factor_in_use(limit_s, raw_s, log):
+    state = within_reach(TailState(log=log), limit_s, raw_s * math.exp(log))
+    assert state.reach == pytest.approx(math.log(limit_s / raw_s), abs=1e-9)
+    assert within_reach(state, None, raw_s).reach is None

@@ -7,7 +7,7 @@ import pytest
 from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.pilot import Pilot
 from pals_ray.control.snapshot import Overhead
-from pals_ray.control.telemetry import Reading, TelemetryWindow
+from pals_ray.control.telemetry import LATENCY_S, RATE_S, Reading, TelemetryWindow
 from pals_ray.models.lookup import tabulated
 from pals_ray.models.physics import GroupPhysics
 from pals_ray.models.prior import RooflineModel
@@ -106,6 +106,15 @@ def test_a_new_model_forgets_what_was_learnt_of_another_and_the_same_again_does_
     assert pilot.correction.throughput == 1.4
     pilot.take_model(model, "profile x")
     assert pilot.correction.throughput == 1.0
+
+
+def test_the_more_replicas_serve_a_model_the_longer_each_looks_at_latencies():
+    pilot = Pilot(1)
+    assert pilot.recent_s == RATE_S
+    pilot.serving = 4
+    assert pilot.recent_s == 4 * RATE_S
+    pilot.serving = 100
+    assert pilot.recent_s == LATENCY_S
 
 
 def test_natural_draw_is_measured_predicted_under_a_binding_cap_and_never_below_the_recent_p95(model):

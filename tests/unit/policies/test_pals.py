@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pals_ray.control.adopt import adoption
-from pals_ray.control.allocate_fleet import targets_tokens_per_s, violating
+from pals_ray.control.allocate_fleet import serving, targets_tokens_per_s, violating
 from pals_ray.control.snapshot import Domain, FleetSnapshot
 from pals_ray.types import InfeasibleBudget, Latency, ReplicaTelemetry, Target
 from policies import batch_only, exact, pals, power_only, slack_steal, static
@@ -177,6 +177,12 @@ def test_targets_are_divided_by_demand_and_evenly_where_that_is_unknown(make_rep
     assert targets_tokens_per_s(unknown) == {"a": 45, "b": 45}
     parked = fleet(0, make_replica("a", target=target, parked=True), make_replica("b", target=target))
     assert targets_tokens_per_s(parked) == {"a": None, "b": 90}
+
+
+def test_replicas_that_serve_a_model_are_counted_parked_ones_are_not(make_replica):
+    others = [replace(make_replica(name), model="other") for name in "cd"]
+    seen = serving(fleet(0, make_replica("a", parked=True), make_replica("b"), *others))
+    assert seen == {"a": 1, "b": 1, "c": 2, "d": 2}
 
 
 def test_a_violation_is_a_queue_under_the_target_or_a_late_percentile(make_replica):

@@ -14,7 +14,7 @@ from pals_ray.control.budget_mover import ScheduledBudget
 from pals_ray.control.orders import Hello
 from pals_ray.control.pilot import Pilot
 from pals_ray.control.schedule import Entry
-from pals_ray.control.telemetry import TelemetryWindow
+from pals_ray.control.telemetry import RATE_S, TelemetryWindow
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.gpus.virtual_block import remove_block
 from pals_ray.processes import ProcessId
@@ -279,6 +279,13 @@ async def test_targets_reach_the_agents_with_their_part_of_the_tokens(core, agen
         await agent.tell(core)
         assert (agent.hands._pilot.target.throughput_tokens_per_s, agent.hands._pilot.target.priority) == (50.0, 2)
     assert core.state.targets["m"].priority == 2
+
+
+async def test_agents_look_at_latencies_for_as_long_as_replicas_serve_their_model(core, agents):
+    core.divide()
+    for agent in agents:
+        await agent.tell(core)
+        assert agent.hands._window.recent_s == 2 * RATE_S
 
 
 def test_a_schedules_change_while_the_fleet_stops_does_not_keep_the_manager_busy(tmp_path):
