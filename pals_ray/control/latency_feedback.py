@@ -87,11 +87,14 @@ def follow(
     ratio = None
     if measured_s and said.value is not None:
         ratio = min(max(math.log(measured_s) - said.value, -_MOST_LOG), _MOST_LOG)
-    passed_s = None if state.passed_s is None or state.passed_s + dt_s >= hold_s else state.passed_s + dt_s
+    passed_s = None if state.passed_s is None else state.passed_s + dt_s
+    # Seen for as long as the window, and somewhat longer where beats come late: a hold has to outlast that.
+    seen_s = 1.5 * window_s
+    if passed_s is not None and passed_s >= max(hold_s, 2.0 * seen_s):
+        passed_s = None
     if ratio is not None and state.reach is not None and ratio > state.reach:
         passed_s = 0.0 if passed_s is None else passed_s
-        # Seen for as long as the window, and somewhat longer where beats come late.
-        if passed_s <= 1.5 * window_s:
+        if passed_s <= seen_s:
             ratio = None
     off = state.off.after(ratio, dt_s, hold_s)
     share = 1.0 if state.off.value is None else 1.0 - math.exp(-dt_s / lag_s)

@@ -108,8 +108,8 @@ class Answer:
     """The manager's answer to whatever an agent says.
 
     `fail_safe_w` is the cap to go to when a lease ends, W; None for the device's lowest. `target` is the model's, with
-    this replica's part of its tokens/s; `serving` is how many replicas the model has. `model`
-    comes with the answer to a hello alone (None there: nothing predicts the replica).
+    this replica's part of its tokens/s; `serving` is how many replicas the model has. `model` comes with the answer to
+    a hello alone (None there: nothing predicts the replica).
     """
 
     reply: Reply

@@ -66,9 +66,14 @@ def test_one_excess_that_no_cap_would_have_kept_is_passed_over_a_second_is_not()
     assert later.factor == pytest.approx(1.0, rel=0.01)
 
 
-def test_an_excess_that_lasts_counts_though_no_cap_would_have_kept_it():
+@pytest.mark.parametrize("window_s", [5.0, 20.0, 60.0])
+def test_an_excess_that_lasts_counts_though_no_cap_would_have_kept_it(window_s):
+    windows = WINDOWS | {"window_s": window_s}
     state = within_reach(run(TailState(), 0.1, 0.1, 10), 0.12, 0.1)
-    assert run(state, 0.2, 0.1, 20).factor == pytest.approx(2.0, rel=0.1)
+    for _ in range(round(2 * (1.5 * window_s + 15))):
+        state = follow(state, 0.2, 0.1, 0.5, **windows)
+    assert state.factor == pytest.approx(2.0, rel=0.1)
+    assert run(state, 0.2, 0.1, 10).factor == pytest.approx(2.0, rel=0.1)
 
 
 def test_an_excess_that_a_higher_cap_keeps_counts_at_once():
