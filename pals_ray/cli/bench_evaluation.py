@@ -39,7 +39,7 @@ def _policies(policies: Json) -> list[str]:
     return _table(["", *policies], [[title, *cells] for title, cells in shown(policies)])
 
 
-def _percent(value: float | None, form: str = "+.1f") -> str:
+def _percent(value: float | None, form: str = "+z.1f") -> str:
     return "-" if value is None else f"{100 * value:{form}} %"
 
 
@@ -77,7 +77,7 @@ def node_section(cases: Sequence[Json]) -> list[str]:
                 found = _mean_over(chosen, policy)
                 gains = [found[f"gain_over_static{suffix}"] for suffix in ("", "_gpu", "_counted", "_gpu_counted")]
                 share = found["share_of_oracle_gain"]
-                of_oracle = "-" if share is None else f"{100 * share:.0f} %"
+                of_oracle = "-" if share is None else f"{100 * share:z.0f} %"
                 rows.append([name, policy, *map(_percent, gains), _percent(found["violation_rate"], ".1f"), of_oracle])
         lines += [f"#### {gpu}", "", *_table([*head, "of the oracle's"], rows)]
     return lines
@@ -146,7 +146,7 @@ def compared(found: dict[str, Json]) -> list[str]:
             both = f"{_percent(ours['gain_over_static'])} (counted {_percent(ours['gain_over_static_counted'])})"
             rows.append([f"tokens/J over full cap and batch 64, node level, {gpu}", "+26.3 %", both])
             rows.append(
-                [f"counted part of the oracle's gain, {gpu}", "95 %", _percent(ours["share_of_oracle_gain"], ".0f")]
+                [f"counted part of the oracle's gain, {gpu}", "95 %", _percent(ours["share_of_oracle_gain"], "z.0f")]
             )
             rows.append([f"batch alone, {gpu}", "+14 %", _percent(batch["gain_over_static"])])
     for case in found.get("pals_cluster", {}).get("cases", []):

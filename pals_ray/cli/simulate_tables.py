@@ -24,11 +24,11 @@ class Row:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:z.1f} %"
 
 
 def _gain(value: float) -> str:
-    return f"{100 * value:+.1f} %"
+    return f"{100 * value:+z.1f} %"
 
 
 def _seconds(value: float) -> str:
