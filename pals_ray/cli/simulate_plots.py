@@ -80,7 +80,7 @@ def plot_efficiency(summary: Json, path: Path) -> None:
         for axis, key, scale in ((axes[0], "tokens_per_joule", 1.0), (axes[1], "gain_over_static", 100.0)):
             values = [scale * policies[name][key + suffix] for name in names]
             bars = axis.bar(places + shift, values, 0.36, color=[_color(n) for n in names], alpha=alpha, label=label)
-            axis.bar_label(bars, fmt="%.2f" if scale == 1.0 else "%.0f", fontsize=7, padding=2)
+            axis.bar_label(bars, fmt="{:.2f}" if scale == 1.0 else "{:z.0f}", fontsize=7, padding=2)
     for axis, label in zip(axes, ("tokens/J", "gain in tokens/J over static, %"), strict=True):
         axis.set_xticks(places, names, rotation=30, ha="right", fontsize=8)
         axis.set_ylabel(label)
