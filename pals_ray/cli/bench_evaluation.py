@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pals_ray.cli.simulate import run_scenario, write_all
+from pals_ray.cli.simulate import jobs_of, results_of, write_all
 from pals_ray.cli.simulate_tables import shown
 from pals_ray.evaluation.cases import read_lengths
 from pals_ray.evaluation.results import summary
@@ -179,12 +179,12 @@ def _goodput(case: Json, policy: str) -> float:
     return float(case["policies"][policy]["figures"]["goodput_tokens_per_s"])
 
 
-def page(found: dict[str, Json]) -> str:
-    """The generated part of `docs/evaluation.md`."""
+def page(found: dict[str, Json], about: dict[str, str]) -> str:
+    """The generated part of `docs/evaluation.md`; both by scenario."""
     sections = {"pals_node": node_section, "pals_cluster": cluster_section, "demand_response": response_section}
     lines = ["## Beside PALS's own numbers", "", *compared(found), "## Scenarios", ""]
     for name, result in found.items():
-        lines += [f"### {name}", "", load_scenario(find_scenario(name)).about, ""]
+        lines += [f"### {name}", "", about[name], ""]
         if name in sections:
             lines += sections[name](result["cases"])
         else:
@@ -206,26 +206,32 @@ def evaluation(
         "build/bench"
     ),
     docs: Annotated[Path, typer.Option(help="Folder of the docs to update.")] = Path("docs"),
-    scenario: Annotated[list[str] | None, typer.Option(help="Only this scenario (repeatable).")] = None,
+    scenario: Annotated[list[str] | None, typer.Option(help="Only this one, by name or path (repeatable).")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
     sample_trace: Annotated[bool, typer.Option("--sample-trace", help="The small synthetic trace shipped.")] = False,
 ) -> None:
     """Run every scenario and write docs/evaluation.md; begun again, it goes on where it was."""
-    found = {}
+    plans = []
     for name in scenario or SCENARIOS:
         path = find_scenario(name)
         spec = load_scenario(path)
         lengths = read_lengths(spec, path.parent, sample_trace)
+        plans.append((spec, lengths, jobs_of(spec, lengths, path.parent, None, None)))
+    every = [job for _, _, cases in plans for job in cases]
+    results = results_of(every, out, jobs or os.cpu_count() or 1, Console())
+    found, about = {}, {}
+    for spec, lengths, cases in plans:
+        name = spec.name
+        about[name] = spec.about
+        found[name] = summary(name, [results[job.name] for job in cases])
         folder = out / name
-        found[name] = run_scenario(
-            spec, lengths, path.parent, folder, None, None, jobs or os.cpu_count() or 1, Console()
-        )
-        write_all(spec, lengths, spec.trace.path, found[name], folder)
+        trace = spec.trace.sample if sample_trace else Path(spec.trace.path).name
+        write_all(spec, lengths, trace, found[name], folder)
         for picture in PICTURES.get(name, ()):
             (docs / "evaluation").mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / picture, docs / _picture(name, picture))
     file = docs / "evaluation.md"
     before, _, rest = file.read_text().partition(_BEGIN)
     _, _, after = rest.partition(_END)
-    file.write_text(f"{before}{_BEGIN}\n\n{page(found)}\n{_END}{after}")
+    file.write_text(f"{before}{_BEGIN}\n\n{page(found, about)}\n{_END}{after}")
     typer.echo(f"written: {file}; pages with every case: {out}/*/report.html")

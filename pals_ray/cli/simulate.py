@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +45,9 @@ def simulate(
         spec = with_policies(spec, tuple(policy))
     lengths = read_lengths(spec, path.parent, sample_trace)
     console = Console(stderr=True) if as_json else Console()
-    found = run_scenario(spec, lengths, path.parent, out, seeds, case, jobs or os.cpu_count() or 1, console)
+    cases = jobs_of(spec, lengths, path.parent, seeds, case)
+    results = results_of(cases, out, jobs or os.cpu_count() or 1, console)
+    found = summary(spec.name, [results[job.name] for job in cases])
     trace = spec.trace.sample if sample_trace else Path(spec.trace.path).name
     page = write_all(spec, lengths, trace, found, out)
     if as_json:
@@ -63,31 +65,24 @@ def with_policies(spec: Scenario, policies: tuple[str, ...]) -> Scenario:
         raise ConfigError(f"--policy cannot be used:\n{explain(error)}") from error
 
 
-def run_scenario(
-    spec: Scenario,
-    lengths: Trace,
-    folder: Path,
-    out: Path,
-    seeds: int | None,
-    only: str | None,
-    processes: int,
-    console: Console,
-) -> Json:
-    """All cases of a scenario, with a progress bar, as one summary. Raises `ConfigError` where no case is chosen."""
+def jobs_of(spec: Scenario, lengths: Trace, folder: Path, seeds: int | None, only: str | None) -> list[Job]:
+    """A job for each case of a scenario whose name contains `only`. Raises `ConfigError` where none does."""
     cases = [case for case in cases_of(spec) if only is None or only in case.name]
     if not cases:
         raise ConfigError(f"no case of {spec.name} contains {only!r}: {'; '.join(c.name for c in cases_of(spec))}")
-    jobs = [Job(case, lengths, folder, spec.policies, seeds_of(spec, seeds)) for case in cases]
+    return [Job(case, lengths, folder, spec.policies, seeds_of(spec, seeds)) for case in cases]
+
+
+def results_of(jobs: Sequence[Job], out: Path, processes: int, console: Console) -> dict[str, Json]:
+    """The results of jobs by their names, with a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task(spec.name, total=sum(job.runs_at_most() for job in jobs))
+        task = progress.add_task("", total=sum(job.runs_at_most() for job in jobs))
 
         def tick(name: str, runs: int) -> None:
-            progress.update(task, advance=runs, description=f"{spec.name}: {name}")
+            progress.update(task, advance=runs, description=name)
 
-        found = {job.case.name: result for job, result in run_jobs(jobs, out, processes, tick)}
-        progress.update(task, description=spec.name)
-    return summary(spec.name, [found[case.name] for case in cases])
+        return {job.name: result for job, result in run_jobs(jobs, out, processes, tick)}
 
 
 def seeds_of(spec: Scenario, count: int | None) -> tuple[int, ...]:

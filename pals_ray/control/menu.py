@@ -149,22 +149,28 @@ def replica_menu(
     )
 
 
+def implied_batch(on: Surface, demand: float) -> IntArray:
+    """(C,): the column of `on.batch` that a demand, tokens/s, implies at each cap, the least that serves it (Little's
+    law); the last where none does."""
+    reaches = on.capacity_tokens_per_s >= demand
+    return np.where(reaches.any(axis=1), reaches.argmax(axis=1), len(on.batch) - 1)
+
+
 def best_batch(
     on: Surface, demand: float, wanted: float, met: FloatArray, *, may_wait: bool = True
 ) -> tuple[FloatArray, IntArray, IntArray]:
     """What each point serves of what is `wanted`, and the batch that is best at each cap.
 
     Returns shares (C, B), times `met` (C, B; see `latency_met`), and columns of `on.batch` (C,): the batch that the
-    demand implies (the least that serves it: Little's law), and that or a smaller one where the latency limits make it
-    worth more, but none that would keep waiting what is wanted and could be served, nor, unless they `may_wait`, any of
-    an overload: those kept out miss the TTFT. Rates are tokens/s.
+    demand implies (`implied_batch`), and that or a smaller one where the latency limits make it worth more, but none
+    that would keep waiting what is wanted and could be served, nor, unless they `may_wait`, any of an overload: those
+    kept out miss the TTFT. Rates are tokens/s.
     """
     served = np.minimum(on.capacity_tokens_per_s, wanted)
     share = served / wanted if wanted > 0 else np.ones_like(served)
     # Those whom a smaller batch keeps out wait, and miss more than the latency of those who are in: a miss is weighed.
     share = share * met
-    reaches = on.capacity_tokens_per_s >= demand
-    implied = np.where(reaches.any(axis=1), reaches.argmax(axis=1), len(on.batch) - 1)
+    implied = implied_batch(on, demand)
     # Whom a smaller batch than what is wanted makes run keeps out waits, and misses more than an inter-token latency.
     enough = on.capacity_tokens_per_s >= min(wanted, demand)
     least = np.where(enough.any(axis=1), enough.argmax(axis=1), 0 if may_wait else implied)

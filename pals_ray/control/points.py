@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pals_ray.control.graph_sizes import graph_sizes
-from pals_ray.control.menu import BUSY_SIGMAS, IntArray, Surface, ask, best_batch, latency_met
+from pals_ray.control.menu import BUSY_SIGMAS, IntArray, Surface, ask, best_batch, implied_batch, latency_met
 from pals_ray.models.base import FloatArray, PowerModel
 from pals_ray.types import Target
 
@@ -119,7 +119,7 @@ def points(
         column = np.full(len(caps), max(int(np.searchsorted(on.batch, pin_batch_limit, side="right")) - 1, 0))
     if likely is not None:
         demand = min(likely, demand)
-        _, implied, _ = best_batch(on, demand, wanted, itl_met)
+        implied = implied_batch(on, demand)
     run = np.minimum(implied, column)
     # Between two sizes the batch that serves the demand just so, so that watts do not jump from size to size.
     before = np.maximum(run - 1, 0)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
-from operator import sub
+from operator import attrgetter, sub
 
 from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry, Latency, ReplicaTelemetry
 
@@ -153,12 +153,7 @@ class TelemetryWindow:
 
     def _since(self, time_s: float) -> Reading:
         """The newest reading that is at least as old as `time_s`, or the oldest there is."""
-        found = self._readings[0]
-        for reading in self._readings:
-            if reading.time_s > time_s:
-                break
-            found = reading
-        return found
+        return self._readings[max(bisect_right(self._readings, time_s, key=attrgetter("time_s")) - 1, 0)]
 
     def _engine_since(self, time_s: float) -> EngineTelemetry:
         at = self._since(time_s).engine

@@ -46,9 +46,14 @@ class Job:
         text = json.dumps([spec, sums, _code()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @property
+    def name(self) -> str:
+        """Unique among all scenarios."""
+        return f"{self.case.scenario.name}: {self.case.name}"
+
     def file(self, out: Path) -> Path:
         """Where its result is kept."""
-        return out / "cases" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', self.case.name)}.json"
+        return out / "cases" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', self.name)}.json"
 
     def runs_at_most(self) -> int:
         """How many simulations it takes: a bound, for a progress bar."""
@@ -57,6 +62,11 @@ class Job:
         # A bisection over a few hundred W for each of the oracle's points.
         oracle = 9 * CONFIRMED * seeds * (scenario.oracle and self.case.load is not None)
         return 1 + seeds * (2 + len(self.policies)) + tuned + oracle
+
+    def gpu_s(self) -> float:
+        """Simulated time of all its runs times GPUs: a measure of how long it takes."""
+        gpus = sum(node.count * node.gpus for node in self.case.fleet.nodes)
+        return self.runs_at_most() * self.case.simulated_s * gpus
 
 
 @cache
@@ -82,14 +92,17 @@ def kept(job: Job, out: Path) -> Json | None:
 def run_jobs(
     jobs: Sequence[Job], out: Path, processes: int, tick: Callable[[str, int], None]
 ) -> Iterator[tuple[Job, Json]]:
-    """Run what is not kept, and yield every job with its result as it is ready. `tick` gets (what, runs done)."""
+    """Run what is not kept, and yield every job with its result as it is ready. `tick` gets (what, runs done).
+
+    The longest are begun first: no process is left alone with one at the end.
+    """
     todo = []
     for job in jobs:
         found = kept(job, out)
         if found is None:
             todo.append(job)
         else:
-            tick(job.case.name, job.runs_at_most())
+            tick(job.name, job.runs_at_most())
             yield job, found
     if not todo:
         return
@@ -97,9 +110,9 @@ def run_jobs(
     context = get_context("spawn")
     queue: SimpleQueue[str] = context.SimpleQueue()
     done: dict[str, int] = {}
-    most = {job.case.name: job.runs_at_most() for job in todo}
+    most = {job.name: job.runs_at_most() for job in todo}
     with ProcessPoolExecutor(min(processes, len(todo)), context, _begin, (queue,)) as pool:
-        waiting = {pool.submit(_work, job): job for job in todo}
+        waiting = {pool.submit(_work, job): job for job in sorted(todo, key=Job.gpu_s, reverse=True)}
         while waiting:
             finished, _ = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             while not queue.empty():
@@ -111,7 +124,7 @@ def run_jobs(
                 job = waiting.pop(future)
                 result = future.result()
                 _write(job, out, result)
-                tick(job.case.name, most[job.case.name] - done.get(job.case.name, 0))
+                tick(job.name, most[job.name] - done.get(job.name, 0))
                 yield job, result
 
 
@@ -132,6 +145,5 @@ def _begin(queue: SimpleQueue[str]) -> None:
 
 
 def _work(job: Job) -> Json:
-    name = job.case.name
-    runs = CaseRuns(job.case, job.lengths, job.folder, lambda what: _queue.put(name))
+    runs = CaseRuns(job.case, job.lengths, job.folder, lambda what: _queue.put(job.name))
     return run_case(runs, job.policies, job.seeds)

@@ -70,6 +70,7 @@ class CaseRuns:
         self._requests: dict[int, dict[str, Requests]] = {}
         self._limited: dict[int, tuple[SimFleet, float]] = {}
         self._static: dict[int, Run] = {}
+        self._runs: dict[tuple[str, int], Run] = {}
 
     def capacity_tokens_per_s(self) -> dict[str, float]:
         """Output tokens/s that each model serves at the reference's fixed point when requests never run out."""
@@ -158,7 +159,10 @@ class CaseRuns:
         return Run(label, seed, self._judged(result, self._budget(natural_w, seed)), result)
 
     def best_power_only(self) -> str:
-        """`power_only@BATCH` of the batch that keeps the limits best on the tuning seeds, then gains most tokens/J."""
+        """`power_only@BATCH` of the batch that keeps the limits best on the tuning seeds, then gains most tokens/J.
+
+        Plain `power_only` where that is the start batch: its runs are there already.
+        """
         start = max(model.max_batch for model in self.fleet.models)
         scenario = self.case.scenario
 
@@ -169,7 +173,8 @@ class CaseRuns:
             kept = counts_as_gain(rate, own, scenario.violation_limit)
             return kept, float(np.mean([run.figures.tokens_per_joule for run in runs])) if kept else -rate
 
-        return f"power_only@{max((b for b in TUNED_BATCHES if b <= start), key=worth)}"
+        best = max((b for b in TUNED_BATCHES if b <= start), key=worth)
+        return "power_only" if best == start else f"power_only@{best}"
 
     def oracle(self) -> tuple[OperatingPoint, list[Run]]:
         """The best fixed point of the fleet's one model that keeps the limits, and its runs.
@@ -214,12 +219,14 @@ class CaseRuns:
         return counts_as_gain(run.figures.violation_rate, own, self.case.scenario.violation_limit)
 
     def _run(self, policy: str, seed: int) -> Run:
-        fleet, natural_w = self.limited(seed)
-        budget = self._budget(natural_w, seed)
-        self._tick(policy)
-        setting = replace(self._setting(fleet, policy_named(policy), seed), budget=budget)
-        result = simulate(self._with_failures(setting), self.requests(seed))
-        return Run(policy, seed, self._judged(result, budget), result)
+        if (policy, seed) not in self._runs:
+            fleet, natural_w = self.limited(seed)
+            budget = self._budget(natural_w, seed)
+            self._tick(policy)
+            setting = replace(self._setting(fleet, policy_named(policy), seed), budget=budget)
+            result = simulate(self._with_failures(setting), self.requests(seed))
+            self._runs[policy, seed] = Run(policy, seed, self._judged(result, budget), result)
+        return self._runs[policy, seed]
 
     def _judged(self, result: RunResult, budget: Budget) -> Figures:
         found = figures(result, WARM_UP_S)

@@ -100,3 +100,27 @@ def test_without_its_trace_a_scenario_says_which_file_and_where_to_get_it(scenar
     done = CliRunner().invoke(app, ["simulate", str(scenario), "--out", str(scenario.parent / "none")])
     assert done.exit_code != 0
     assert isinstance(done.exception, MissingTrace) or "Azure Public Dataset" in done.output
+
+
+def test_bench_runs_the_cases_of_all_scenarios_in_one_go_and_writes_their_tables(scenario, tmp_path):
+    content = yaml.safe_load(scenario.read_text()) | {"policies": ["static", "pals"], "oracle": False, "seeds": [1]}
+    content["budget"] = {"shares": [0.6]}
+    paths = []
+    for name, duration_s in (("short", 10), ("long", 20)):
+        paths.append(scenario.parent / f"{name}.yaml")
+        own = {"name": name, "duration_s": duration_s, "about": f"A {name} one."}
+        paths[-1].write_text(yaml.safe_dump(content | own))
+    (tmp_path / "evaluation.md").write_text("Before.\n\n<!-- bench: begin -->\nold\n<!-- bench: end -->\n\nAfter.\n")
+    out = tmp_path / "out"
+    arguments = ["bench", "evaluation", "--sample-trace", "--jobs", "1", "--out", str(out), "--docs", str(tmp_path)]
+    arguments += [part for path in paths for part in ("--scenario", str(path))]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "evaluation.md").read_text()
+    assert page.startswith("Before.")
+    assert page.endswith("After.\n")
+    assert "old" not in page
+    assert page.index("### short\n\nA short one.") < page.index("### long\n\nA long one.")
+    assert {file.parent.name for file in out.glob("*/report.html")} == {"short", "long"}
+    short, long = (file.stat().st_mtime_ns for file in sorted((out / "cases").glob("*.json"), reverse=True))
+    assert long < short, "the longest case is to be run first"
