@@ -94,7 +94,7 @@ def run_jobs(
 ) -> Iterator[tuple[Job, Json]]:
     """Run what is not kept, and yield every job with its result as it is ready. `tick` gets (what, runs done).
 
-    The longest are begun first: no process is left alone with one at the end.
+    The longest are begun first, so that the processes end at about the same time.
     """
     todo = []
     for job in jobs:
