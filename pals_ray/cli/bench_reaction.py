@@ -7,10 +7,11 @@ import json
 import os
 import random
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -101,7 +102,8 @@ def sleeping_fleet(agents: int) -> Iterator[tuple[Fleet, VirtualDriver]]:
     """A fleet of its own on a Ray of its own: real manager and agents, GPUs that are slow to answer, no engine."""
     key = f"bench-{os.getpid()}"
     sleepers: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory(prefix="pals-bench-") as storage:
+    # Ray prints warnings about its cluster to stdout, which is for the figures.
+    with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="pals-bench-") as storage:
         ray.init(address="local", num_cpus=2, namespace=NAMESPACE, include_dashboard=False, log_to_driver=False)
         try:
             driver = VirtualDriver.open(key, GPU, agents)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
@@ -58,14 +60,17 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every second until Ctrl-C.")] = False,
 ) -> None:
     """Budget, charge and draw; each replica's operating point, target and reason."""
-    fleet = pals_ray.connect()
+    # Ray prints warnings about its cluster to stdout, which is for what was asked.
+    with redirect_stdout(sys.stderr):
+        fleet = pals_ray.connect()
+        seen = fleet.status()
     if as_json:
-        print(STATUS_JSON.dump_json(fleet.status(), indent=2).decode())
+        print(STATUS_JSON.dump_json(seen, indent=2).decode())
         return
     if not watch:
-        console.print(status_view(fleet.status()))
+        console.print(status_view(seen))
         return
-    with Live(status_view(fleet.status()), console=console, screen=True) as live:
+    with Live(status_view(seen), console=console, screen=True) as live:
         while True:
             time.sleep(1)
             live.update(status_view(fleet.status()))

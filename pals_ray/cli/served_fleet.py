@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,7 +123,8 @@ class ServedFleet:
 @contextmanager
 def served_fleet(content: dict[str, Any]) -> Iterator[ServedFleet]:
     """A fleet of this content while the block runs. Raises `BenchError` where it does not come up."""
-    with tempfile.TemporaryDirectory(prefix="pals-bench-") as folder:
+    # Ray prints warnings about its cluster to stdout, which is for the figures.
+    with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="pals-bench-") as folder:
         # A benchmark that is ended half-way must not leave engines behind.
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
         served = ServedFleet(content, Path(folder))

@@ -39,6 +39,12 @@ def _color(policy: str) -> str:
     return COLORS.get(policy, "tab:green")
 
 
+def _averaged(policies: Json) -> str:
+    """Over how many cases of a summary its figures are means."""
+    cases = max(entry["cases"] for entry in policies.values())
+    return "one case" if cases == 1 else f"mean of {cases} cases"
+
+
 def plot_power(cases: Sequence[Json], path: Path) -> None:
     """Node power, budget and (with a signal) target over time, a panel for each kind of budget."""
     kinds: dict[tuple[str, float], Json] = {}
@@ -87,7 +93,8 @@ def plot_efficiency(summary: Json, path: Path) -> None:
         axis.axhline(0, color="black", lw=0.6)
         axis.grid(alpha=0.25, axis="y")
     figure.suptitle(
-        "Output tokens per joule: left bar of a pair at node level, right bar (pale) GPUs alone", fontsize=11
+        f"Output tokens per joule, {_averaged(policies)}: left bar of a pair at node level, pale bar GPUs alone",
+        fontsize=11,
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -110,6 +117,7 @@ def plot_violations(summary: Json, path: Path) -> None:
         )
         axis.annotate(f"{rate:.1f} %", (at, rate), textcoords="offset points", xytext=(0, 4), ha="center", fontsize=8)
     axis.set_xticks(np.arange(len(policies)), list(policies), rotation=20, ha="right", fontsize=8)
+    axis.set_title(f"Violations, {_averaged(policies)}", fontsize=11)
     axis.set_ylabel("violations, % of intervals of 5 s")
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.25, axis="y")
