@@ -68,7 +68,7 @@ class PowerLLMServer(LLMServer):  # type: ignore[misc]
         try:
             spec = _agent_spec(llm_config, power, replica_id, key, path)
             await ensure_agent(spec)
-            _prepare_engine(power, key, path)
+            _prepare_engine(llm_config, power, key, path)
             await super().__init__(llm_config, **kwargs)
             await self._check_hooks(block)
             uuids = await self.collective_rpc("pals_gpu_uuid")
@@ -120,7 +120,7 @@ def engine_hooks(hardware: HardwareSpec) -> dict[str, str]:
     return hooks | ({"worker_cls": "pals_ray.engine.paced_worker.PacedWorker"} if hardware.kind == "virtual" else {})
 
 
-def _prepare_engine(power: PowerOptions, key: str, path: Path) -> None:
+def _prepare_engine(llm_config: LLMConfig, power: PowerOptions, key: str, path: Path) -> None:
     """What differs between replicas is in the environment, which the engine's processes inherit."""
     os.environ[BLOCK_VARIABLE] = str(path)
     if power.hardware.kind == "virtual":
@@ -131,3 +131,5 @@ def _prepare_engine(power: PowerOptions, key: str, path: Path) -> None:
             os.environ.setdefault(name, value)
     if power.tiny_model is not None:
         make_tiny_model(power.tiny_model, TINY_FOLDER)
+        # To download nothing Serve LLM would start one more process with all of vLLM in it, on every replica's start.
+        llm_config.get_or_create_callback().ctx.run_init_node = False
