@@ -83,7 +83,6 @@ def test_an_unknown_argument_is_refused_with_the_possible_one():
     [
         ({"watts": 5}, {}, "watts: no such key"),
         ({}, {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}, "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING"),
-        ({"policy": "policies.nothing:allocate"}, {}, "policies.nothing"),
     ],
 )
 def test_serve_run_says_it_in_one_message_and_starts_nothing(tmp_path, config, env, says):
