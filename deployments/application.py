@@ -19,15 +19,15 @@ from ray.llm._internal.serve.core.server.builder import build_llm_deployment
 from ray.serve import Application
 from ray.serve.llm import LLMConfig
 
-from pals_ray.config import ConfigError, FleetConfig, ModelConfig, explain, load_fleet_config, parse_fleet_config
+from pals_ray.config.fleet import ConfigError, FleetConfig, ModelConfig, explain, load_fleet_config, parse_fleet_config
+from pals_ray.config.policy_path import load_policy
 from pals_ray.gpus.base import GpuError
 from pals_ray.gpus.drivers import choose_kind
-from pals_ray.runtime.hardware import HardwareSpec
-from pals_ray.runtime.ingress import PowerIngress, make_ingress_class
-from pals_ray.runtime.policies import load_policy
-from pals_ray.runtime.predictors import read_profile
-from pals_ray.runtime.router import ROUTER_CONFIG
-from pals_ray.runtime.server import TINY_FOLDER, TINY_MODELS, PowerLLMServer, PowerOptions, engine_hooks
+from pals_ray.runtime.manager.predictors import read_profile
+from pals_ray.runtime.node.hardware import HardwareSpec
+from pals_ray.runtime.serve.ingress import PowerIngress, make_ingress_class
+from pals_ray.runtime.serve.router import ROUTER_CONFIG
+from pals_ray.runtime.serve.server import TINY_FOLDER, TINY_MODELS, PowerLLMServer, PowerOptions, engine_hooks
 
 EXAMPLES = Path(__file__).parent / "examples"
 DEFAULT_CONFIG = EXAMPLES / "tiny.yaml"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pals_ray.types import BudgetChange, BudgetSource, FleetStatus, InfeasibleBudget, PalsError, ReplicaStatus, Target
+from pals_ray.errors import InfeasibleBudget, PalsError
+from pals_ray.types import BudgetChange, BudgetSource, FleetStatus, ReplicaStatus, Target
 
 if TYPE_CHECKING:
-    from pals_ray.runtime.handle import Fleet, NotRunning, connect
+    from pals_ray.runtime.client import Fleet, NotRunning, connect
 
 __all__ = [
     "BudgetChange",
@@ -26,7 +27,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Late, since the handle imports Ray, which guardian, ranks and EngineCore have no use for.
     if name in {"Fleet", "NotRunning", "connect"}:
-        from pals_ray.runtime import handle
+        from pals_ray.runtime import client
 
-        return getattr(handle, name)
+        return getattr(client, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

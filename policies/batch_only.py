@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from pals_ray.control.snapshot import FleetSnapshot, Share
-from pals_ray.models.base import PowerModel
+from pals_ray.models.power_model import PowerModel
 from policies import uniform
 
 

@@ -8,12 +8,12 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, vstack
 
-from pals_ray.control.allocate_fleet import best_shares
-from pals_ray.control.allocate_menus import Division, Menus
-from pals_ray.control.allocate_tree import BudgetTree
+from pals_ray.control.allocation.budget_tree import BudgetTree
+from pals_ray.control.allocation.fleet_division import best_shares
+from pals_ray.control.allocation.menu_table import Division, Menus
 from pals_ray.control.snapshot import FleetSnapshot, Share
-from pals_ray.models.base import PowerModel
-from pals_ray.types import PalsError
+from pals_ray.errors import PalsError
+from pals_ray.models.power_model import PowerModel
 
 #: Relative distance from the optimum at which the solver may stop.
 REL_GAP = 1e-6

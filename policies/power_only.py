@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pals_ray.control.allocate_fleet import best_shares
+from pals_ray.control.allocation.fleet_division import best_shares
 from pals_ray.control.snapshot import FleetSnapshot, Share
-from pals_ray.models.base import PowerModel
+from pals_ray.models.power_model import PowerModel
 
 
 def allocate(

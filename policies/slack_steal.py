@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pals_ray.control.allocate_tree import BudgetTree, bounds_w, fill_evenly, held_reason
-from pals_ray.control.menu import BINDING, HEADROOM
+from pals_ray.control.allocation.budget_tree import BudgetTree, bounds_w, fill_evenly, held_reason
+from pals_ray.control.allocation.replica_menu import BINDING, HEADROOM
 from pals_ray.control.snapshot import FleetSnapshot, ReplicaSnapshot, Share
-from pals_ray.models.base import PowerModel
+from pals_ray.models.power_model import PowerModel
 
 
 def allocate(snapshot: FleetSnapshot, models: Mapping[str, PowerModel]) -> dict[str, Share]:

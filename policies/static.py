@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pals_ray.control.allocate_tree import BudgetTree, bounds_w
+from pals_ray.control.allocation.budget_tree import BudgetTree, bounds_w
 from pals_ray.control.snapshot import FleetSnapshot, Share
-from pals_ray.models.base import PowerModel
-from pals_ray.types import InfeasibleBudget
+from pals_ray.errors import InfeasibleBudget
+from pals_ray.models.power_model import PowerModel
 
 
 def allocate(snapshot: FleetSnapshot, models: Mapping[str, PowerModel]) -> dict[str, Share]:

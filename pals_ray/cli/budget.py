@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 import pals_ray
-from pals_ray.cli.tables import budget_line, source_line
+from pals_ray.cli.status_table import budget_line, source_line
 from pals_ray.types import BudgetSource
 
 app = typer.Typer(help="Show or set the fleet's budget, W, or have it moved.")

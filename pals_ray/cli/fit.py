@@ -12,13 +12,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pals_ray.models.evaluate import QUANTITIES, Evaluation, errors_of, evaluate_chosen, leave_batches_out
+from pals_ray.errors import PalsError
+from pals_ray.models.fitting.accuracy import QUANTITIES, Evaluation, errors_of, evaluate_chosen, leave_batches_out
+from pals_ray.models.fitting.fitted_surface import fit_surface
+from pals_ray.models.fitting.sample_checks import SampleError, SampleTable, samples_from_columns
 from pals_ray.models.lookup import SurfaceModel
 from pals_ray.models.profile import Profile, samples_of
-from pals_ray.models.samples import SampleError, SampleTable, samples_from_columns
 from pals_ray.models.specs import ModelSpec, UnknownSpecError, find_model
-from pals_ray.models.surface import fit_surface
-from pals_ray.types import PalsError, Provenance
+from pals_ray.types import Provenance
 
 
 def read_samples(path: Path) -> SampleTable:
@@ -105,7 +106,7 @@ def _fit(
         _write(out, profile_of(fitted, surface, model or samples.stem, gpu or "unknown").to_json())
     if plot is not None:
         # matplotlib takes half a second to import: only who asks for a picture waits for it.
-        from pals_ray.cli.plots import plot_surface
+        from pals_ray.plots.models import plot_surface
 
         try:
             plot_surface(surface, fitted, plot, model or samples.stem)

@@ -13,22 +13,23 @@ from rich.console import Console
 from rich.live import Live
 
 import pals_ray
+from pals_ray.bench.allocator import allocator
+from pals_ray.bench.evaluation import evaluation
+from pals_ray.bench.models import models
+from pals_ray.bench.overhead import overhead as bench_overhead
+from pals_ray.bench.policies import policies as bench_policies
+from pals_ray.bench.reaction import reaction
+from pals_ray.bench.regulation import regulation
+from pals_ray.bench.simulation import simulation
 from pals_ray.cli import budget
-from pals_ray.cli.bench_allocator import allocator
-from pals_ray.cli.bench_evaluation import evaluation
-from pals_ray.cli.bench_models import models
-from pals_ray.cli.bench_overhead import overhead as bench_overhead
-from pals_ray.cli.bench_policies import policies as bench_policies
-from pals_ray.cli.bench_reaction import reaction
-from pals_ray.cli.bench_regulation import regulation
-from pals_ray.cli.bench_simulation import simulation
 from pals_ray.cli.fit import fit
 from pals_ray.cli.operate import overhead, policies, target
 from pals_ray.cli.profile import profile
 from pals_ray.cli.simulate import simulate
-from pals_ray.cli.tables import status_view
+from pals_ray.cli.status_table import status_view
 from pals_ray.cli.validate_simulation import validate_simulation
-from pals_ray.types import FleetStatus, PalsError
+from pals_ray.errors import PalsError
+from pals_ray.types import FleetStatus
 
 app = typer.Typer(help="Power-aware LLM serving on Ray: one budget of watts for a fleet of vLLM replicas.")
 bench_app = typer.Typer(help="Measure what pals-ray itself costs and gains.")

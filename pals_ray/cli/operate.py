@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 import pals_ray
-from pals_ray.budget_files import load_node_samples
-from pals_ray.cli.tables import target_text
-from pals_ray.control.overhead import fit_overhead
-from pals_ray.runtime.policies import list_policies
+from pals_ray.cli.status_table import target_text
+from pals_ray.config.budget_files import load_node_samples
+from pals_ray.config.policy_path import list_policies
+from pals_ray.control.budget.overhead_fit import fit_overhead
 
 NO_LIMIT = "none"
 console = Console()

@@ -16,16 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import pals_ray
-from pals_ray.models.evaluate import errors_of
+from pals_ray.models.fitting.accuracy import errors_of
 from pals_ray.models.lookup import SurfaceModel
-from pals_ray.models.prior import RooflineModel, known_prior
+from pals_ray.models.physics.roofline import RooflineModel, known_prior
 from pals_ray.models.profile import Profile, ProfileSample
 from pals_ray.models.specs import Parallelism, UnknownSpecError
 from pals_ray.profiling.load import ClosedLoop, RequestShape, in_full_swing
 from pals_ray.profiling.measure import NotSteady, PointProgress, held, measure
 from pals_ray.profiling.run import begin_or_resume, drawn_points, grid_of, measure_all, write_profile
 from pals_ray.profiling.steady import SteadyRule
-from pals_ray.runtime.measuring import Subject
+from pals_ray.runtime.manager.measuring import Subject
 from pals_ray.types import OperatingPoint
 
 console = Console()
@@ -86,7 +86,7 @@ async def _profile(model: str, points: int, path: Path, check: int, seed: int, s
                     left_out = (*left_out, str(error))
     picture = path.with_suffix(".png")
     # matplotlib takes half a second to import: only who profiles waits for it.
-    from pals_ray.cli.plots import plot_surface
+    from pals_ray.plots.models import plot_surface
 
     plot_surface(surface, profile.table(), picture, f"{model} on {subject.num_gpus} x {subject.gpu}")
     console.print(f"{len(profile.samples)} points in {path}, surfaces in {picture}", highlight=False)

@@ -13,14 +13,14 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pals_ray.cli.simulate_report import html_report
-from pals_ray.cli.simulate_tables import cases_csv, terminal_table
-from pals_ray.config import ConfigError, explain
+from pals_ray.config.fleet import ConfigError, explain
+from pals_ray.config.scenario import Scenario, find_scenario, load_scenario
 from pals_ray.evaluation.cache import Job, run_jobs
 from pals_ray.evaluation.cases import cases_of, read_lengths
+from pals_ray.evaluation.report import html_report
 from pals_ray.evaluation.results import summary
-from pals_ray.models.prior import Workload
-from pals_ray.scenario_files import Scenario, find_scenario, load_scenario
+from pals_ray.evaluation.tables import cases_csv, terminal_table
+from pals_ray.models.physics.roofline import Workload
 from pals_ray.simulation.traces import Trace
 
 Json = dict[str, Any]
@@ -100,7 +100,7 @@ def seeds_of(spec: Scenario, count: int | None) -> tuple[int, ...]:
 
 def write_all(spec: Scenario, lengths: Trace, trace: str, found: Json, out: Path) -> Path:
     """CSV, JSON, PNGs and the page, into `out`; gives the page's path."""
-    from pals_ray.cli.simulate_plots import plot_efficiency, plot_points, plot_power, plot_violations
+    from pals_ray.plots.simulation import plot_efficiency, plot_points, plot_power, plot_violations
 
     out.mkdir(parents=True, exist_ok=True)
     workload = Workload(float(lengths.prompt_tokens.mean()), float(lengths.output_tokens.mean()))

@@ -14,10 +14,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pals_ray.cli.served_fleet import URL, BenchError, ServedFleet, default_fleet, model_ids, served_fleet
-from pals_ray.config import FleetConfig, parse_fleet_config
+from pals_ray.bench.served_fleet import URL, BenchError, ServedFleet, default_fleet, model_ids, served_fleet
+from pals_ray.config.fleet import FleetConfig, parse_fleet_config
 from pals_ray.control.telemetry import LATENCY_S
-from pals_ray.engine.block import ControlBlock, block_path
+from pals_ray.engine.control_block import ControlBlock, block_path
 from pals_ray.evaluation.side_by_side import (
     LIMITS,
     STAGES,
@@ -39,7 +39,7 @@ from pals_ray.evaluation.side_by_side import (
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.profiling.measure import HeldReplica, held
 from pals_ray.profiling.open_loop import OpenLoop
-from pals_ray.runtime.handle import Fleet
+from pals_ray.runtime.client import Fleet
 from pals_ray.simulation.setting import SimSetting
 
 #: The budget while replicas are held: room for every GPU at its highest cap.

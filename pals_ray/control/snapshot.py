@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from pals_ray.control.latency_feedback import TailFactors
-from pals_ray.models.base import PowerModel
+from pals_ray.control.replica.latency_feedback import TailFactors
+from pals_ray.models.power_model import PowerModel
 from pals_ray.types import ReplicaTelemetry, Target
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from pals_ray.engine.batch_limit import SchedulerHook
-from pals_ray.engine.block import BLOCK_VARIABLE, BlockError, ControlBlock
+from pals_ray.engine.control_block import BLOCK_VARIABLE, BlockError, ControlBlock
+from pals_ray.engine.ordered_batch_limit import SchedulerHook
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

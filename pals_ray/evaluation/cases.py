@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pals_ray.budget_files import load_signal
-from pals_ray.control.follow import Following
-from pals_ray.control.regulation import Signal, synthetic_signal
-from pals_ray.control.schedule import Entry, Schedule
+from pals_ray.config.budget_files import load_signal
+from pals_ray.config.scenario import FailureSpec, FleetSpec, LoadSpec, Scenario
+from pals_ray.config.trace_files import load_trace
+from pals_ray.control.budget.regulation import Signal, synthetic_signal
+from pals_ray.control.budget.schedule import Entry, Schedule
+from pals_ray.control.budget.signal_following import Following
 from pals_ray.control.snapshot import Overhead
-from pals_ray.models.prior import Workload
+from pals_ray.models.physics.roofline import Workload
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
-from pals_ray.scenario_files import FailureSpec, FleetSpec, LoadSpec, Scenario
 from pals_ray.simulation.setting import (
     AgentSilent,
     Budget,
@@ -30,7 +31,6 @@ from pals_ray.simulation.setting import (
     SimNode,
 )
 from pals_ray.simulation.traces import Trace, bursts, clipped, diurnal, lengthened, poisson, ramped, resampled
-from pals_ray.trace_files import load_trace
 
 #: Before a case begins engines fill and controllers find their first points: nothing of that is counted, s.
 WARM_UP_S = 120.0

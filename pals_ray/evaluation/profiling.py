@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from pals_ray.config.scenario import LoadSpec
 from pals_ray.evaluation.cases import SATURATION, requests_for
-from pals_ray.models.base import PowerModel
+from pals_ray.models.fitting.fitted_surface import fit_surface
+from pals_ray.models.fitting.sample_checks import SampleTable
 from pals_ray.models.grid import GridModel
-from pals_ray.models.prior import RooflineModel
-from pals_ray.models.samples import SampleTable
+from pals_ray.models.physics.roofline import RooflineModel
+from pals_ray.models.power_model import PowerModel
 from pals_ray.models.specs import find_gpu, find_model
-from pals_ray.models.surface import fit_surface
-from pals_ray.scenario_files import LoadSpec
 from pals_ray.simulation.run import simulate
 from pals_ray.simulation.setting import ConstantBudget, SimFleet, SimModel, SimNode, SimSetting
 from pals_ray.simulation.traces import Trace

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from pals_ray.config import FleetConfig
-from pals_ray.control.schedule import Entry, Schedule
+from pals_ray.config.fleet import FleetConfig
+from pals_ray.config.policy_path import load_policy
+from pals_ray.control.budget.schedule import Entry, Schedule
 from pals_ray.control.telemetry import Reading, between
 from pals_ray.evaluation.runs import fixed_at
-from pals_ray.models.prior import RooflineModel, Workload
+from pals_ray.models.physics.roofline import RooflineModel, Workload
 from pals_ray.models.specs import Parallelism, find_gpu
-from pals_ray.runtime.policies import load_policy
-from pals_ray.runtime.predictors import Predictors
+from pals_ray.runtime.manager.predictors import Predictors
 from pals_ray.simulation.run import Run
 from pals_ray.simulation.setting import (
     ConstantBudget,

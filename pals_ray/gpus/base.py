@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from pals_ray.types import GpuInfo, GpuState, PalsError
+from pals_ray.errors import PalsError
+from pals_ray.types import GpuInfo, GpuState
 
 
 class GpuError(PalsError):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pals_ray.models.base import PowerModel, Prediction
+from pals_ray.models.power_model import PowerModel, Prediction
 
 _LOW, _HIGH = 0.5, 2.0
 # Full within this share of the batch limit: requests come and go between two readings.

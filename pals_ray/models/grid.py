@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pals_ray.models.base import FloatArray, PowerModel, Prediction
+from pals_ray.models.power_model import FloatArray, PowerModel, Prediction
 
 _CAPS = 121
 _FIELDS = (

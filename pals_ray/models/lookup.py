@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pals_ray.models.base import FloatArray, PowerModel, Prediction
+from pals_ray.models.power_model import FloatArray, PowerModel, Prediction
 
 # A mean draw this far above the cap means that the clock floor holds it there, not noise.
 _FLOOR_TOLERANCE = 1.02

@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pals_ray.models.base import PowerModel
+from pals_ray.errors import PalsError
+from pals_ray.models.fitting.fitted_surface import fit_surface
+from pals_ray.models.fitting.sample_checks import LATENCY_COLUMNS, SampleTable
 from pals_ray.models.lookup import SurfaceModel
-from pals_ray.models.samples import LATENCY_COLUMNS, SampleTable
+from pals_ray.models.power_model import PowerModel
 from pals_ray.models.specs import ModelSpec
-from pals_ray.models.surface import fit_surface
-from pals_ray.types import PalsError, Provenance
+from pals_ray.types import Provenance
 
 VERSION = 2
 
@@ -46,7 +47,7 @@ class ProfileSample(BaseModel):
 
 
 class ProfileFit(BaseModel):
-    """What the fit found, in the unbounded coordinates of `pals_ray.models.form`, and what it could not."""
+    """What the fit found, in the unbounded coordinates of `pals_ray.models.fitting.form`, and what it could not."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

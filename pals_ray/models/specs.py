@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from pals_ray.types import PalsError
+from pals_ray.errors import PalsError
 
 
 class UnknownSpecError(PalsError):

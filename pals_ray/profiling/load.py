@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from pals_ray.types import PalsError
+from pals_ray.errors import PalsError
 
 
 class LoadError(PalsError):

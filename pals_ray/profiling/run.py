@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pals_ray.control.graph_sizes import graph_sizes
-from pals_ray.models.base import FloatArray
-from pals_ray.models.choice import next_point
+from pals_ray.control.replica.batch_sizes import graph_sizes
+from pals_ray.errors import PalsError
+from pals_ray.models.fitting.next_point import next_point
+from pals_ray.models.power_model import FloatArray
 from pals_ray.models.profile import Profile, ProfileError, ProfileSample, profile_from_json
 from pals_ray.models.specs import ModelSpec
 from pals_ray.profiling.measure import NotSteady
-from pals_ray.types import OperatingPoint, PalsError
+from pals_ray.types import OperatingPoint
 
 _CAP_LEVELS = 7
 #: Two points that do not become steady are chance; with the third the run ends.

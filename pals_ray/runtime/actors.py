@@ -49,7 +49,7 @@ async def ensure_manager(storage_path: str) -> Any:
 
 
 def _find_or_make_manager(storage_path: str) -> Any:
-    from pals_ray.runtime.manager import GlobalPowerManager
+    from pals_ray.runtime.manager.power_manager import GlobalPowerManager
 
     try:
         return ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
@@ -78,7 +78,7 @@ async def ensure_agent(spec: AgentSpec) -> Any:
 
 
 def _find_or_make_agent(spec: AgentSpec) -> Any:
-    from pals_ray.runtime.agent import PowerAgent
+    from pals_ray.runtime.agent.power_agent import PowerAgent
 
     options = ray.remote(PowerAgent).options(
         name=agent_name(spec.replica_id),

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pals_ray.control.latency_feedback import TailFactors
-from pals_ray.control.orders import AgentReport, Hello, Reply
-from pals_ray.control.qos import Tally
+from pals_ray.control.messages import AgentReport, Hello, Reply
+from pals_ray.control.replica.latency_feedback import TailFactors
+from pals_ray.control.slo import Tally
 from pals_ray.control.telemetry import Reading
 from pals_ray.models.correction import Correction
 from pals_ray.models.lookup import LoadedModel
 from pals_ray.processes import ProcessId
-from pals_ray.runtime.hardware import HardwareSpec
+from pals_ray.runtime.node.hardware import HardwareSpec
 from pals_ray.types import Expected, GpuInfo, ReplicaTelemetry, Target
 
 NAMESPACE = "pals-ray"

@@ -1,4 +1,4 @@
-"""A replica's agent on the virtual clock: `runtime/agent.py` with the same control code; driver calls take time."""
+"""A replica's agent on the virtual clock: the same control code as the runtime's; driver calls take time."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from pals_ray.control.accounts import SAME_LIMIT_W
-from pals_ray.control.charge import ChargeTerms
-from pals_ray.control.latency_feedback import TailFactors
-from pals_ray.control.lease import LeaseState, Outcome, accept, ceiling_w, fence, tick
-from pals_ray.control.orders import AgentReport, Hello, ParkOrder, Reply
-from pals_ray.control.pilot import Pilot
+from pals_ray.control.ledger.accounts import SAME_LIMIT_W
+from pals_ray.control.ledger.charge import ChargeTerms
+from pals_ray.control.ledger.lease import LeaseState, Outcome, accept, ceiling_w, fence, tick
+from pals_ray.control.messages import AgentReport, Hello, ParkOrder, Reply
+from pals_ray.control.replica.latency_feedback import TailFactors
+from pals_ray.control.replica.replica_controller import Pilot
 from pals_ray.control.telemetry import Reading, TelemetryWindow
-from pals_ray.models.base import PowerModel
 from pals_ray.models.correction import Correction
-from pals_ray.simulation.engine import Engine
-from pals_ray.simulation.events import Events
+from pals_ray.models.power_model import PowerModel
+from pals_ray.simulation.clock import Events
+from pals_ray.simulation.engine.scheduler import Engine
 from pals_ray.simulation.setting import SimModel, SimSetting
 from pals_ray.types import Grant, ReplicaTelemetry, Target
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import inf
 
-from pals_ray.control.follow import FollowState, step
-from pals_ray.control.schedule import at_least, budget_at
+from pals_ray.control.budget.schedule import at_least, budget_at
+from pals_ray.control.budget.signal_following import FollowState, step
 from pals_ray.simulation.setting import Budget, ConstantBudget, ScheduledBudget
 
 

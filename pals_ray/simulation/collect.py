@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pals_ray.simulation.engine.energy_meter import METER_S
 from pals_ray.simulation.fleet import Placed
-from pals_ray.simulation.meter import METER_S
 from pals_ray.simulation.result import FloatArray, ModelResult, ReplicaResult, RunResult
 from pals_ray.simulation.setting import FollowedSignal
 

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
-from pals_ray.control.follow import Following
-from pals_ray.control.qos import QosConfig
-from pals_ray.control.regulation import FloatArray, Signal, sample_means, score
+from pals_ray.control.budget.regulation import FloatArray, Signal, sample_means, score
+from pals_ray.control.budget.signal_following import Following
+from pals_ray.control.slo import QosConfig
 from pals_ray.simulation.result import ModelResult, RunResult, quantile_s
 
 CONFIDENCE = 0.95

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pals_ray.control.charge import ChargeTerms, group_terms
-from pals_ray.control.orders import ManagedGpu, NodeInfo
-from pals_ray.models.physics import die_factor
+from pals_ray.control.ledger.charge import ChargeTerms, group_terms
+from pals_ray.control.messages import ManagedGpu, NodeInfo
+from pals_ray.models.physics.step_cost import die_factor
+from pals_ray.models.physics.stepper import GroupStepper
 from pals_ray.models.specs import find_gpu
-from pals_ray.models.stepper import GroupStepper
-from pals_ray.simulation.engine import Engine
-from pals_ray.simulation.log import ModelLog
-from pals_ray.simulation.meter import Meter
-from pals_ray.simulation.router import Router
+from pals_ray.simulation.engine.energy_meter import Meter
+from pals_ray.simulation.engine.request_log import ModelLog
+from pals_ray.simulation.engine.router import Router
+from pals_ray.simulation.engine.scheduler import Engine
 from pals_ray.simulation.setting import Offered, Requests, SimFleet, SimModel, SimNode, SimSetting, SimulationError
 
 

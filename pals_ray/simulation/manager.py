@@ -1,4 +1,4 @@
-"""The global power manager on the virtual clock: budget, ledger and policy as in `runtime/manager.py`."""
+"""The global power manager on the virtual clock: budget, ledger and policy as in `runtime/manager/power_manager.py`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from pals_ray.control.allocate_fleet import serving, targets_tokens_per_s
-from pals_ray.control.dividing import Divider
-from pals_ray.control.latency_feedback import TailFactors
-from pals_ray.control.ledger import Ledger
-from pals_ray.control.orders import Commands, Hello, NodeInfo, NodeMemo, ReplicaView, Reply
-from pals_ray.control.planning import LedgerConfig
+from pals_ray.control.allocation.fleet_division import serving, targets_tokens_per_s
+from pals_ray.control.allocation.policy_runner import Divider
+from pals_ray.control.ledger.feasibility import LedgerConfig
+from pals_ray.control.ledger.ledger import Ledger
+from pals_ray.control.messages import Commands, Hello, NodeInfo, NodeMemo, ReplicaView, Reply
+from pals_ray.control.replica.latency_feedback import TailFactors
 from pals_ray.control.snapshot import FleetSnapshot, ReplicaSnapshot
-from pals_ray.models.base import PowerModel
 from pals_ray.models.correction import CorrectedModel
+from pals_ray.models.power_model import PowerModel
 from pals_ray.simulation.agent import Agent, Beat
 from pals_ray.simulation.budget import BudgetSource
-from pals_ray.simulation.events import Events, Mail
+from pals_ray.simulation.clock import Events, Mail
 from pals_ray.simulation.setting import SimSetting
 from pals_ray.types import ReplicaTelemetry, Target
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pals_ray.control.graph_sizes import graph_sizes
+from pals_ray.control.replica.batch_sizes import graph_sizes
 from pals_ray.control.snapshot import Overhead
-from pals_ray.models.prior import RooflineModel
+from pals_ray.models.physics.roofline import RooflineModel
 from pals_ray.types import OperatingPoint
 
 #: The 99th percentile of a normal deviate: how far the requests in an engine rise above their mean.

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pals_ray.control.charge import EPS_W
-from pals_ray.control.qos import QosState, observe, tally_of
-from pals_ray.simulation.engine import Engine
+from pals_ray.control.ledger.charge import EPS_W
+from pals_ray.control.slo import QosState, observe, tally_of
+from pals_ray.simulation.engine.scheduler import Engine
 from pals_ray.simulation.result import Cut, QosInterval
 from pals_ray.types import Target
 

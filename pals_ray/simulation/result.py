@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pals_ray.control.qos import QosState, Verdict
+from pals_ray.control.slo import QosState, Verdict
 from pals_ray.types import Target
 
 FloatArray = NDArray[np.float64]

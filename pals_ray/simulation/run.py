@@ -9,15 +9,15 @@ from math import inf
 
 import numpy as np
 
-from pals_ray.control.orders import Hello
-from pals_ray.models.base import PowerModel
+from pals_ray.control.messages import Hello
 from pals_ray.models.grid import GridModel
-from pals_ray.models.prior import RooflineModel
+from pals_ray.models.physics.roofline import RooflineModel
+from pals_ray.models.power_model import PowerModel
 from pals_ray.models.specs import find_gpu
 from pals_ray.simulation.agent import BEAT_S, Agent, Beat
 from pals_ray.simulation.budget import BudgetSource
+from pals_ray.simulation.clock import Events, Mail
 from pals_ray.simulation.collect import collect
-from pals_ray.simulation.events import Events, Mail
 from pals_ray.simulation.fleet import Fleet, Placed, build
 from pals_ray.simulation.manager import Manager
 from pals_ray.simulation.record import QOS_LOOK_S, BudgetRecord, ModelQos, Samples
@@ -33,7 +33,7 @@ from pals_ray.simulation.setting import (
     SimulationError,
 )
 
-#: A node that no agent of has been heard for so long is looked after, s (as in `runtime/replacing.py`).
+#: A node that no agent of has been heard for so long is looked after, s (as in `runtime/manager/agent_replacement.py`).
 _SILENT_S = 3.0
 #: Requests are turned into Python numbers so many at a time.
 _CHUNK = 100_000

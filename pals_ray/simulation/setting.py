@@ -9,16 +9,17 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from pals_ray.control.controller_state import ControllerConfig
-from pals_ray.control.follow import Following
-from pals_ray.control.regulation import Signal
-from pals_ray.control.schedule import Schedule
+from pals_ray.control.budget.regulation import Signal
+from pals_ray.control.budget.schedule import Schedule
+from pals_ray.control.budget.signal_following import Following
+from pals_ray.control.replica.controller_state import ControllerConfig
 from pals_ray.control.snapshot import Domain, Overhead, Policy
-from pals_ray.models.base import PowerModel
-from pals_ray.models.physics import GroupPhysics
-from pals_ray.models.prior import Workload
+from pals_ray.errors import PalsError
+from pals_ray.models.physics.roofline import Workload
+from pals_ray.models.physics.step_cost import GroupPhysics
+from pals_ray.models.power_model import PowerModel
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
-from pals_ray.types import OperatingPoint, PalsError, Target
+from pals_ray.types import OperatingPoint, Target
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -38,7 +39,7 @@ class SimModel:
     `max_batch` is vLLM's `max_num_seqs`, `step_tokens` its `max_num_batched_tokens`, `kv_tokens` how many tokens the
     KV cache of one replica holds (None: what weights leave of the GPUs' memory). `workload` is what the controllers'
     model of it assumes of requests, `belief` that model itself (None: the roofline, which is the true physics but for
-    queueing and dies); `largest_prompt` as in `pals_ray.control.controller_state.Situation`. With `fixed` its replicas
+    queueing and dies); `largest_prompt` as in `controller_state.Situation`. With `fixed` its replicas
     stay at that point from first to last, and neither agent nor manager touches them.
     """
 
@@ -112,7 +113,7 @@ class ScheduledBudget:
 
 @dataclass(frozen=True, slots=True)
 class FollowedSignal:
-    """A regulation signal followed by `pals_ray.control.follow`, from the run's start."""
+    """A regulation signal followed by `pals_ray.control.budget.signal_following`, from the run's start."""
 
     following: Following
     signal: Signal

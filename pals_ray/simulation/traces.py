@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pals_ray.types import PalsError
+from pals_ray.errors import PalsError
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

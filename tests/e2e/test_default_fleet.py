@@ -18,11 +18,11 @@ import yaml
 import pals_ray
 from deployments.application import DEFAULT_CONFIG
 from pals_ray.cli.validate_simulation import live_setting, run_live
-from pals_ray.config import load_fleet_config
+from pals_ray.config.fleet import load_fleet_config
 from pals_ray.evaluation.side_by_side import HeldPoint, requests_of, rows_of, simulated, summary
 from pals_ray.profiling.load import ClosedLoop, RequestShape
 from pals_ray.profiling.measure import held
-from pals_ray.runtime.node import node_key
+from pals_ray.runtime.node.node_file import node_key
 from pals_ray.types import OperatingPoint
 from tests.support import fleets
 from tests.support.fleets import URL

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from pals_ray.engine.block import BLOCK_VARIABLE, ControlBlock, block_path
-from pals_ray.engine.pacing import PACING_VARIABLE, PacingConfig
-from pals_ray.engine.tiny_models import make_tiny_model
+from pals_ray.engine.control_block import BLOCK_VARIABLE, ControlBlock, block_path
+from pals_ray.engine.virtual.pacing import PACING_VARIABLE, PacingConfig
+from pals_ray.engine.virtual.tiny_models import make_tiny_model
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.gpus.virtual_block import remove_block
 from pals_ray.processes import is_alive
@@ -31,7 +31,7 @@ ENGINE_KWARGS = {
     "kv_cache_memory_bytes": 128 << 20,
     "stream_interval": 16,
     "scheduler_cls": "pals_ray.engine.scheduler.PowerAwareScheduler",
-    "worker_extension_cls": "pals_ray.engine.worker.PowerWorkerExtension",
+    "worker_extension_cls": "pals_ray.engine.worker_extension.PowerWorkerExtension",
 }
 
 
@@ -78,7 +78,7 @@ def run_engine(model, folder, virtual_gpus=0, **kwargs):
     driver = None
     if virtual_gpus:
         driver = VirtualDriver.open(key, "A100-SXM", virtual_gpus)
-        kwargs["worker_cls"] = "pals_ray.engine.paced_worker.PacedWorker"
+        kwargs["worker_cls"] = "pals_ray.engine.virtual.paced_worker.PacedWorker"
         config = PacingConfig(node_key=key, stands_for="Mixtral-8x7B", time_scale=2)
         environment[PACING_VARIABLE] = config.model_dump_json()
     loop = asyncio.new_event_loop()

@@ -7,14 +7,14 @@ import uuid
 import psutil
 import pytest
 
-from pals_ray.engine.block import ControlBlock, block_path, live_engines, sweep
-from pals_ray.engine.tiny_models import make_tiny_model
+from pals_ray.engine.control_block import ControlBlock, block_path, live_engines, sweep
+from pals_ray.engine.virtual.tiny_models import make_tiny_model
 
 from .harness import ENGINE_KWARGS, ENVIRONMENT, wait_until
 
 PARENT = """
 import os, sys, time
-from pals_ray.engine.block import BLOCK_VARIABLE, ControlBlock
+from pals_ray.engine.control_block import BLOCK_VARIABLE, ControlBlock
 
 if __name__ == "__main__":
     block = ControlBlock.create(sys.argv[1])

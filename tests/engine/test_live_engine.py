@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from pals_ray.engine.checks import engine_hooks_missing
+from pals_ray.engine.hook_checks import engine_hooks_missing
 from pals_ray.types import LATENCY_EDGES_S
 
 from .harness import wait_until

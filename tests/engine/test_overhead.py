@@ -2,7 +2,7 @@
 
 import pytest
 
-from pals_ray.engine.overhead import measure_hooks
+from pals_ray.engine.hook_cost import measure_hooks
 
 
 @pytest.mark.parametrize("batch", [1, 64])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pals_ray.models.physics import GroupPhysics, StepWork
+from pals_ray.models.physics.step_cost import GroupPhysics, StepWork
 from pals_ray.models.specs import Parallelism, find_model
 
 from .harness import wait_until

@@ -13,9 +13,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from pals_ray.engine.block import BLOCK_VARIABLE, BlockError, ControlBlock
+from pals_ray.engine.control_block import BLOCK_VARIABLE, BlockError, ControlBlock
 from pals_ray.engine.scheduler import PowerAwareScheduler
-from pals_ray.engine.tiny_models import make_tiny_model
+from pals_ray.engine.virtual.tiny_models import make_tiny_model
 
 MAX_BATCH = 8
 BLOCK_TOKENS = 16

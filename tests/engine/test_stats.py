@@ -5,8 +5,8 @@ from vllm.plugins import STAT_LOGGER_PLUGINS_GROUP, load_plugins_by_group
 from vllm.v1.engine import FinishReason
 from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, SchedulerStats
 
-from pals_ray.engine.block import BLOCK_VARIABLE, ControlBlock
-from pals_ray.engine.stats import PowerStatLogger
+from pals_ray.engine.control_block import BLOCK_VARIABLE, ControlBlock
+from pals_ray.engine.stat_logger import PowerStatLogger
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import httpx
 import yaml
 
 from pals_ray.gpus.virtual_block import remove_block
-from pals_ray.runtime.node import SHARED_MEMORY, node_key
+from pals_ray.runtime.node.node_file import SHARED_MEMORY, node_key
 from tests.hosts.network import Host, Network
 from tests.support import fleets
 

@@ -14,7 +14,7 @@ import yaml
 
 from deployments.application import DEFAULT_CONFIG
 from pals_ray.profiling.load import ClosedLoop, RequestShape
-from pals_ray.runtime.node import node_key
+from pals_ray.runtime.node.node_file import node_key
 from tests.hosts.cluster import ROOT, HostCluster
 from tests.hosts.network import Host
 from tests.hosts.sampling import LimitSampler

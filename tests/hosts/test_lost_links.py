@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from pals_ray.runtime.node import node_key
+from pals_ray.runtime.node.node_file import node_key
 from tests.hosts import network
 from tests.hosts.cluster import HostCluster
 from tests.hosts.fleet import (

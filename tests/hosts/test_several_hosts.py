@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pals_ray.runtime.node import node_key
+from pals_ray.runtime.node.node_file import node_key
 from tests.hosts import network
 from tests.hosts.cluster import HostCluster
 from tests.hosts.fleet import BUDGETS_W, LOW_W, MODELS, bring_up, loaded, look_on, sampled, wait_for_caps
@@ -47,7 +47,7 @@ def test_each_model_is_on_a_worker_of_its_own_and_the_head_serves_both(cluster):
     for worker in cluster.workers:
         there = cluster.remains(worker)
         assert sum("PowerAgent" in line for line in there) == 1
-        assert sum("pals_ray.runtime.guardian" in line for line in there) == 1
+        assert sum("pals_ray.runtime.node.guardian" in line for line in there) == 1
     text = cluster.step("ray exec cluster.yaml 'pals status'")
     assert f"budget {BUDGETS_W['fleet']} W" in " ".join(text.split())
 

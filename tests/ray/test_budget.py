@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from pals_ray.types import InfeasibleBudget, PalsError
+from pals_ray.errors import InfeasibleBudget, PalsError
 from tests.support.dummies import MAX_BATCH, DummyFleet
 from tests.support.fleets import sampled_limits, wait_for
 

@@ -9,8 +9,8 @@ import pytest
 import ray
 
 from pals_ray.processes import is_alive
+from pals_ray.runtime.manager.storage import read_state, storage_file
 from pals_ray.runtime.messages import MANAGER_NAME, NAMESPACE
-from pals_ray.runtime.storage import read_state, storage_file
 from pals_ray.types import Grant
 from tests.support import fleets
 from tests.support.dummies import DummyFleet

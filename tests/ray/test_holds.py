@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from pals_ray.control.holds import HOLD_LEASE_S, HoldRefused
+from pals_ray.control.allocation.measurement_holds import HOLD_LEASE_S, HoldRefused
 from pals_ray.types import OperatingPoint, Provenance
 from tests.support.dummies import MAX_BATCH, DummyFleet
 from tests.support.fleets import sampled_limits, wait_for

@@ -10,10 +10,10 @@ import pytest
 import ray
 
 from pals_ray.cli import main
-from pals_ray.config import ConfigError
-from pals_ray.control.regulation import Signal
+from pals_ray.config.fleet import ConfigError
+from pals_ray.control.budget.regulation import Signal
+from pals_ray.runtime.manager.storage import read_state
 from pals_ray.runtime.messages import MANAGER_NAME, NAMESPACE
-from pals_ray.runtime.storage import read_state
 from tests.support import fleets
 from tests.support.dummies import MODEL, DummyFleet
 from tests.support.fleets import sampled_limits, wait_for

@@ -4,7 +4,7 @@ import pytest
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from pals_ray.runtime.router import PARKED, ROUTER_CONFIG
+from pals_ray.runtime.serve.router import PARKED, ROUTER_CONFIG
 from tests.support.fleets import wait_for
 
 

@@ -19,7 +19,7 @@ import ray
 
 from pals_ray.gpus.base import Gpu
 from pals_ray.gpus.virtual import VirtualDriver
-from pals_ray.runtime.node import node_key
+from pals_ray.runtime.node.node_file import node_key
 
 URL = "http://127.0.0.1:8000"
 BIN = Path(sys.executable).parent
@@ -92,7 +92,7 @@ def _runs(process: psutil.Process) -> bool:
 
 def guardians() -> list[psutil.Process]:
     """Every guardian of this machine."""
-    return [p for p in psutil.process_iter() if "pals_ray.runtime.guardian" in _command(p)]
+    return [p for p in psutil.process_iter() if "pals_ray.runtime.node.guardian" in _command(p)]
 
 
 def actor_processes(name: str) -> list[psutil.Process]:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pals_ray.engine.block import ControlBlock
-from pals_ray.engine.pacing import (
+from pals_ray.engine.control_block import ControlBlock
+from pals_ray.engine.virtual.pacing import (
     PACING_VARIABLE,
     SHORT_PAUSE_S,
     PaceCounters,
@@ -19,7 +19,7 @@ from pals_ray.engine.pacing import (
 )
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.gpus.virtual_block import remove_block
-from pals_ray.models.physics import GroupPhysics, StepWork
+from pals_ray.models.physics.step_cost import GroupPhysics, StepWork
 from pals_ray.models.specs import Parallelism, find_model
 
 DECODE = StepWork(decode_seqs=16, kv_tokens=16 * 500)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from pals_ray.engine.tiny_models import CONFIGS, make_tiny_model
+from pals_ray.engine.virtual.tiny_models import CONFIGS, make_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pals_ray.models.samples import SampleTable
+from pals_ray.models.fitting.sample_checks import SampleTable
 
 
 def replica(caps, batches, *, seed=0, noise=0.01, num_gpus=1, natural=(200.0, 350.0), peak=False, latency=False):

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pals_ray.models.correction import CorrectedModel, Correction, Observation
-from pals_ray.models.physics import GroupPhysics
-from pals_ray.models.prior import RooflineModel
+from pals_ray.models.physics.roofline import RooflineModel
+from pals_ray.models.physics.step_cost import GroupPhysics
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
 
 MODEL = RooflineModel(GroupPhysics(find_gpu("H100"), find_model("Llama-3.1-8B"), Parallelism()))

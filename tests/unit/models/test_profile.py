@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from pals_ray.models.fitting.sample_checks import samples_from_columns
 from pals_ray.models.profile import VERSION, Profile, ProfileError, profile_from_json, samples_of
-from pals_ray.models.samples import samples_from_columns
 from pals_ray.types import Provenance
 
 

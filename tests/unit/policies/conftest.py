@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pals_ray.control.snapshot import ReplicaSnapshot
-from pals_ray.models.base import Prediction
+from pals_ray.models.power_model import Prediction
 
 
 @dataclass(frozen=True)

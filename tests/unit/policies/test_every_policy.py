@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pals_ray.control.allocate_tree import BudgetTree
+from pals_ray.control.allocation.budget_tree import BudgetTree
 from pals_ray.control.snapshot import Domain, FleetSnapshot, Overhead, ReplicaSnapshot
 from pals_ray.types import ReplicaTelemetry, Target
 

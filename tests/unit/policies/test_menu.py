@@ -9,8 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pals_ray.control.latency_feedback import TailFactors
-from pals_ray.control.menu import HEADROOM, best_batch, latency_met, replica_menu, surface, with_queue_tokens_per_s
+from pals_ray.control.allocation.replica_menu import (
+    HEADROOM,
+    best_batch,
+    latency_met,
+    replica_menu,
+    surface,
+    with_queue_tokens_per_s,
+)
+from pals_ray.control.replica.latency_feedback import TailFactors
 from pals_ray.control.snapshot import Overhead
 from pals_ray.types import ReplicaTelemetry, Target
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from pals_ray.control.adopt import adoption
-from pals_ray.control.allocate_fleet import serving, targets_tokens_per_s, violating
+from pals_ray.control.allocation.adoption import adoption
+from pals_ray.control.allocation.fleet_division import serving, targets_tokens_per_s, violating
 from pals_ray.control.snapshot import Domain, FleetSnapshot
-from pals_ray.types import InfeasibleBudget, Latency, ReplicaTelemetry, Target
+from pals_ray.errors import InfeasibleBudget
+from pals_ray.types import Latency, ReplicaTelemetry, Target
 from policies import batch_only, exact, pals, power_only, slack_steal, static
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pals_ray.control.snapshot import Domain, FleetSnapshot
-from pals_ray.types import PalsError, ReplicaTelemetry
+from pals_ray.errors import PalsError
+from pals_ray.types import ReplicaTelemetry
 from policies import proportional, uniform
 
 

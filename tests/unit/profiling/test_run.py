@@ -6,12 +6,13 @@ import itertools
 import numpy as np
 import pytest
 
-from pals_ray.control.graph_sizes import graph_sizes
+from pals_ray.control.replica.batch_sizes import graph_sizes
+from pals_ray.errors import PalsError
 from pals_ray.models.profile import Profile, ProfileError, ProfileSample, profile_from_json
 from pals_ray.profiling.load import RequestShape, in_full_swing
 from pals_ray.profiling.measure import NotSteady
 from pals_ray.profiling.run import begin_or_resume, drawn_points, grid_of, measure_all, write_profile
-from pals_ray.types import OperatingPoint, PalsError, Provenance
+from pals_ray.types import OperatingPoint, Provenance
 
 GRID = grid_of(100, 400, 32)
 EMPTY = Profile(model="m", gpu="g", time_scale=2.0, engine="vLLM 1", prompt_tokens=64, output_tokens=64, samples=())

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pals_ray.models.physics import StepWork
-from pals_ray.models.stepper import GroupStepper
-from pals_ray.simulation.engine import Engine
-from pals_ray.simulation.log import ModelLog
-from pals_ray.simulation.meter import Meter
+from pals_ray.models.physics.step_cost import StepWork
+from pals_ray.models.physics.stepper import GroupStepper
+from pals_ray.simulation.engine.energy_meter import Meter
+from pals_ray.simulation.engine.request_log import ModelLog
+from pals_ray.simulation.engine.scheduler import Engine
 from pals_ray.simulation.setting import Requests
 
 from .worlds import served

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from pals_ray.control.follow import Following
-from pals_ray.control.qos import QosState, Verdict
-from pals_ray.control.regulation import synthetic_signal
+from pals_ray.control.budget.regulation import synthetic_signal
+from pals_ray.control.budget.signal_following import Following
+from pals_ray.control.slo import QosState, Verdict
 from pals_ray.simulation.figures import (
     counts_as_gain,
     estimate,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pals_ray.control.snapshot import Overhead
-from pals_ray.models.physics import GroupPhysics
-from pals_ray.models.prior import RooflineModel, Workload
+from pals_ray.models.physics.roofline import RooflineModel, Workload
+from pals_ray.models.physics.step_cost import GroupPhysics
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
 from pals_ray.simulation.oracle import Limits, candidates, least_cap_w, steady_state
 from pals_ray.types import OperatingPoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pals_ray.models.prior import RooflineModel, Workload
+from pals_ray.models.physics.roofline import RooflineModel, Workload
 from pals_ray.simulation.setting import Requests
 from pals_ray.types import OperatingPoint
 

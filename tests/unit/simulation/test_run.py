@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pals_ray.control.follow import Following
-from pals_ray.control.regulation import synthetic_signal
-from pals_ray.control.schedule import Entry, Schedule
+from pals_ray.control.budget.regulation import synthetic_signal
+from pals_ray.control.budget.schedule import Entry, Schedule
+from pals_ray.control.budget.signal_following import Following
 from pals_ray.control.snapshot import Overhead
+from pals_ray.errors import InfeasibleBudget
 from pals_ray.simulation.run import Run, simulate
 from pals_ray.simulation.setting import (
     AgentSilent,
@@ -29,7 +30,7 @@ from pals_ray.simulation.setting import (
     SimNode,
     SimulationError,
 )
-from pals_ray.types import InfeasibleBudget, OperatingPoint, Target
+from pals_ray.types import OperatingPoint, Target
 from policies import static, uniform
 
 from .worlds import fleet_setting, poisson, served

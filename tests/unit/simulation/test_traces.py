@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pals_ray.config import ConfigError
+from pals_ray.config.fleet import ConfigError
+from pals_ray.config.trace_files import MissingTrace, load_trace
 from pals_ray.simulation.traces import (
     Trace,
     TraceError,
@@ -21,7 +22,6 @@ from pals_ray.simulation.traces import (
     ramped,
     resampled,
 )
-from pals_ray.trace_files import MissingTrace, load_trace
 
 SAMPLES = Path(__file__).parents[3] / "scenarios" / "traces"
 AZURE = Path(__file__).parents[4] / "shared" / "data" / "azure_llm_2023" / "AzureLLMInferenceTrace_conv.csv"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pals_ray.control.snapshot import Overhead
-from pals_ray.models.prior import Workload
+from pals_ray.models.physics.roofline import Workload
 from pals_ray.models.specs import Parallelism
 from pals_ray.simulation.run import simulate
 from pals_ray.simulation.setting import ConstantBudget, Requests, SimFleet, SimModel, SimNode, SimSetting

@@ -1,0 +1,165 @@
+"""`pals bench allocator`: how long dividing a budget takes, and how far from the optimum it stays."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pals_ray.control.allocation.allocator import divide
+from pals_ray.control.allocation.budget_tree import BudgetTree, FloatArray, IntArray
+from pals_ray.control.allocation.menu_table import Menus
+from policies import exact
+
+POINTS = 200
+CALLS = 30
+SIZES = (100, 300, 1_000, 3_000, 10_000)
+SMALL_INSTANCES, SMALL_REPLICAS = 200, 12
+
+#: Four rows with two racks each; rack budgets alternate between tight and loose.
+ROWS_AND_RACKS = np.array([-1, 0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
+BUDGET_SHARES = np.array([0.5, 0.55, 0.55, 0.55, 0.55, 0.35, 0.8, 0.35, 0.8, 0.35, 0.8, 0.35, 0.8])
+THREE_RACKS = np.array([-1, 0, 0, 0])
+
+Curve = Callable[[FloatArray, np.random.Generator], FloatArray]
+
+
+def noisy_concave(share: FloatArray, rng: np.random.Generator) -> FloatArray:
+    """Served share of the target at a share of the watts: diminishing returns, measured with 2 % noise."""
+    return np.asarray(np.minimum(_saturating(share, rng) * (1 + rng.normal(0, 0.02, share.shape)), 1.0))
+
+
+def cliff(share: FloatArray, rng: np.random.Generator) -> FloatArray:
+    """Next to nothing below a threshold of its own, nearly everything above it."""
+    at = rng.uniform(0.15, 0.85, (len(share), 1))
+    return np.where(share < at, 0.15 * share / at, 0.9 + 0.1 * (share - at) / (1 - at))
+
+
+def clipped(share: FloatArray, rng: np.random.Generator) -> FloatArray:
+    """Diminishing returns up to a target, nothing beyond it."""
+    return np.asarray(np.minimum(_saturating(share, rng) / rng.uniform(0.4, 1.1, (len(share), 1)), 1.0))
+
+
+def _saturating(share: FloatArray, rng: np.random.Generator) -> FloatArray:
+    least, bend = rng.uniform(0, 0.5, (len(share), 1)), rng.uniform(1, 6, (len(share), 1))
+    return np.asarray(least + (1 - least) * np.expm1(-bend * share) / np.expm1(-bend))
+
+
+KINDS: dict[str, Curve] = {"noisy concave": noisy_concave, "cliff": cliff, "clipped at a target": clipped}
+
+
+def make_menus(curve: Curve, n: int, rng: np.random.Generator) -> Menus:
+    """Menus of `POINTS` points at uneven watts, for replicas on one to eight GPUs of ranges of 200 to 800 W."""
+    gpu_range_w = rng.choice([200.0, 300.0, 500.0, 800.0], (n, 1)) * rng.uniform(0.8, 1.0, (n, 1))
+    range_w = np.round(rng.choice([1, 2, 4, 8], (n, 1)) * gpu_range_w)
+    extra_w = np.sort(np.round(rng.uniform(0, 1, (n, POINTS)) * range_w), axis=1)
+    extra_w[:, 0], extra_w[:, -1:] = 0.0, range_w
+    weight = rng.uniform(0.5, 2.0, (n, 1))
+    return Menus(extra_w, weight * curve(extra_w / range_w, rng) - 1e-6 * extra_w)
+
+
+def make_tree(menus: Menus, parent: IntArray, shares: FloatArray, rng: np.random.Generator) -> BudgetTree:
+    """Replicas spread over the leaf domains at random; each budget a share of the range below it."""
+    leaves = np.setdiff1d(np.arange(len(parent)), parent)
+    names = tuple(f"domain {v}" for v in range(len(parent)))
+    tree = BudgetTree(names, parent, np.zeros(len(parent)), rng.choice(leaves, len(menus)))
+    return replace(tree, budget_w=np.floor(shares * tree.subtotals_w(menus.extra_w[:, -1])))
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One kind at one size, (calls,) each: milliseconds and relative distances from the dual bound or the optimum.
+
+    `cpu_ms` is what the call used of a core: where `ms` is well above it, the machine was busy with something else.
+    """
+
+    replicas: int
+    kind: str
+    ms: FloatArray
+    cpu_ms: FloatArray
+    gap: FloatArray
+
+
+def _time(
+    kind: str, instances: Iterable[tuple[Menus, BudgetTree]], best: Callable[[Menus, BudgetTree], float] | None
+) -> Timing:
+    """Divide each instance; its gap is to the optimum that `best` finds, or to the dual bound without one."""
+    rows = []
+    for menus, tree in instances:
+        everyone = np.zeros(len(menus), dtype=np.int64)
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
+        division = divide(menus, tree, everyone, everyone).classes[0]
+        took_s, took_cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
+        reference = division.bound if best is None else best(menus, tree)
+        rows.append((1000 * took_s, 1000 * took_cpu_s, 1 - division.value / reference))
+    return Timing(len(menus), kind, *np.array(rows).T)
+
+
+def time_division(kind: str, n: int, calls: int = CALLS) -> Timing:
+    """Divide `calls` new fleets of n replicas in 12 nested domains."""
+    rng = np.random.default_rng(n)
+    fleets = (make_menus(KINDS[kind], n, rng) for _ in range(calls))
+    return _time(kind, ((m, make_tree(m, ROWS_AND_RACKS, BUDGET_SHARES, rng)) for m in fleets), None)
+
+
+def compare_with_exact(instances: int = SMALL_INSTANCES) -> Timing:
+    """Divide small fleets in three racks, each budget drawn from 10 to 90 % of its range; gaps are to the optimum."""
+    rng = np.random.default_rng(SMALL_REPLICAS)
+    curves = itertools.islice(itertools.cycle(KINDS.values()), instances)
+    fleets = (make_menus(curve, SMALL_REPLICAS, rng) for curve in curves)
+    drawn = ((m, make_tree(m, THREE_RACKS, rng.uniform(0.1, 0.9, len(THREE_RACKS)), rng)) for m in fleets)
+    return _time("all three", drawn, lambda menus, tree: exact.solve(menus, tree).value)
+
+
+def allocator(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the tables.")] = False,
+) -> None:
+    """Time the division of a budget over 100 to 10,000 replicas, and measure its distance from the optimum."""
+    timings = [time_division(kind, n) for n in SIZES for kind in KINDS]
+    small = compare_with_exact()
+    if as_json:
+        print(json.dumps(figures(timings, small)))
+        return
+    console = Console()
+    table = Table(title=f"Dividing a budget: menus of {POINTS} points, 12 nested domains, {CALLS} calls each")
+    for header in ("replicas", "menus", "ms median", "ms worst", "CPU ms median", "dual gap median", "dual gap worst"):
+        table.add_column(header, justify="left" if header == "menus" else "right")
+    for t in timings:
+        table.add_row(f"{t.replicas:,}", t.kind, *_times(t), f"{np.median(t.gap):.4%}", f"{t.gap.max():.4%}")
+    console.print(table)
+    table = Table(title=f"Against the optimum: {len(small.ms)} instances of {small.replicas} replicas")
+    for header in ("ms median", "ms worst", "CPU ms median", "gap mean", "gap worst"):
+        table.add_column(header, justify="right")
+    table.add_row(*_times(small), f"{small.gap.mean():.4%}", f"{small.gap.max():.4%}")
+    console.print(table)
+
+
+def figures(timings: list[Timing], small: Timing) -> dict[str, float]:
+    """The figures of the JSON object: the worst kind at 1,000 and 10,000; gaps as fractions."""
+
+    def worst(n: int, figure: Callable[[Timing], float]) -> float:
+        return max(figure(t) for t in timings if t.replicas == n)
+
+    return {
+        "ms_1000": worst(1_000, lambda t: float(np.median(t.ms))),
+        "ms_10000": worst(10_000, lambda t: float(np.median(t.ms))),
+        "cpu_ms_1000": worst(1_000, lambda t: float(np.median(t.cpu_ms))),
+        "cpu_ms_10000": worst(10_000, lambda t: float(np.median(t.cpu_ms))),
+        "dual_gap_1000": worst(1_000, lambda t: float(np.median(t.gap))),
+        "dual_gap_1000_max": worst(1_000, lambda t: float(t.gap.max())),
+        "gap_mean": float(small.gap.mean()),
+        "gap_max": float(small.gap.max()),
+        "ms_12_max": float(small.ms.max()),
+    }
+
+
+def _times(t: Timing) -> tuple[str, str, str]:
+    return f"{np.median(t.ms):.1f}", f"{t.ms.max():.1f}", f"{np.median(t.cpu_ms):.1f}"

@@ -1,0 +1,359 @@
+"""Fits `pals_ray.models.physics.silicon_table` to public data: `python -m pals_ray.bench.calibrate DATA_FOLDER`.
+
+H100 and B200 are fitted together on the ML.ENERGY file (constants common to both, and a deviation each), with what
+FACTS says of capped GPUs; V100 takes H100's serving constants and its power law from GridPilot's E1.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pals_ray.models.physics.constants import SiliconConstants
+from pals_ray.models.physics.roofline import RooflineModel
+from pals_ray.models.physics.step_cost import GroupPhysics, StepWork
+from pals_ray.models.power_model import FloatArray
+from pals_ray.models.specs import Parallelism, find_gpu, find_model
+
+# Where the fit starts, and how far a constant may plausibly lie from there (std of its log).
+_START = SiliconConstants(
+    memory_efficiency=0.8,
+    compute_efficiency=0.7,
+    overlap=3.0,
+    fabric_knee=0.5,
+    fabric_sharpness=4.0,
+    activation_passes=25.0,
+    step_overhead_s=1e-3,
+    layer_overhead_s=30e-6,
+    prefill_layer_overhead_s=100e-6,
+    expert_layer_overhead_s=100e-6,
+    sequence_overhead_s=40e-6,
+    all_reduce_latency_s=15e-6,
+    link_efficiency=0.6,
+    expert_imbalance=1.3,
+    clock_exponent=2.4,
+    active_power=0.1,
+    busy_power=0.15,
+    compute_power=0.8,
+    fabric_power=0.3,
+    dram_power=0.2,
+    occupancy_power=0.2,
+    cap_margin=0.025,
+)
+_SPREAD = {
+    "memory_efficiency": 0.08,
+    "compute_efficiency": 0.1,
+    "overlap": 0.15,
+    "fabric_knee": 0.15,
+    "activation_passes": 0.4,
+    "step_overhead_s": 0.5,
+    "layer_overhead_s": 0.4,
+    "prefill_layer_overhead_s": 0.4,
+    "expert_layer_overhead_s": 0.4,
+    "sequence_overhead_s": 0.5,
+    "all_reduce_latency_s": 0.4,
+    "link_efficiency": 0.2,
+    "expert_imbalance": 0.15,
+    "clock_exponent": 0.1,
+    "active_power": 0.4,
+    "busy_power": 0.3,
+    "compute_power": 0.3,
+    "fabric_power": 0.3,
+    "dram_power": 0.3,
+    "occupancy_power": 0.5,
+}
+_FITTED = tuple(_SPREAD)
+_CAP_LAW = ("clock_exponent", "active_power", "busy_power", "occupancy_power", "compute_power", "fabric_knee")
+_POWER_LAW = (*(name for name in _FITTED if name.endswith("_power")), "fabric_knee", "clock_exponent")
+# A GPU type's own deviation from the common constants, as a share of the spread: hosts and kernels are alike, chips are
+# not, so powers may differ as far as they may lie from the start.
+_DEVIATION = np.array([1.0 if name.endswith("_power") else 0.4 for name in _FITTED])
+_ITERATIONS = 10
+_STEP = 1e-3
+
+# How far a sensible model may lie from one configuration (std of logs): throughput, power, median ITL.
+_TOLERANCE = np.array([[0.12], [0.08], [0.3]])
+
+#: FACTS, H100: cap (W) -> SM clock (MHz) of a ViT, and share of full throughput in compute-bound training.
+H100_CAPS_W = (200.0, 300.0, 400.0, 500.0, 600.0, 700.0)
+H100_CLOCKS_MHZ = (625.0, 1132.0, 1501.0, 1731.0, 1889.0, 1969.0)
+H100_THROUGHPUT = (0.320, 0.594, 0.821, 0.915, 0.966, 1.0)
+#: A compute-bound step: one full chunk of prompts (vLLM's 8,192 tokens).
+COMPUTE_BOUND = StepWork(prefill_tokens=8192, prefill_context_tokens=512)
+#: FACTS, B200 decoding a 235B MoE: cap (W) -> share of uncapped throughput.
+B200_CAPS_W = (430.0, 350.0)
+B200_THROUGHPUT = (0.99, 0.64)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One served configuration of the ML.ENERGY file, swept over batch: arrays by batch."""
+
+    model_id: str
+    family: str
+    gpu: str
+    num_gpus: int
+    parallelism: Parallelism
+    batch: FloatArray
+    throughput_tokens_per_s: FloatArray
+    power_w: FloatArray
+    itl_p50_s: FloatArray
+
+
+def load_mlenergy(path: Path) -> list[Curve]:
+    """The ML.ENERGY file as curves; several rows of one batch are averaged."""
+    rows: dict[tuple[Any, ...], dict[int, list[tuple[float, float, float]]]] = {}
+    for c in json.loads(path.read_text())["configurations"]:
+        key = (c["model_id"], c["gpu_model"], c["num_gpus"], c["tensor_parallel"], c["expert_parallel"])
+        values = (c["output_throughput_tokens_per_sec"], c["avg_power_watts"], c["median_itl_ms"] / 1e3)
+        rows.setdefault(key, {}).setdefault(c["max_num_seqs"], []).append(values)
+    curves = []
+    for (model_id, gpu, num_gpus, tensor, expert), by_batch in sorted(rows.items()):
+        batches = sorted(by_batch)
+        mean = np.array([np.mean(by_batch[b], axis=0) for b in batches])
+        parallelism = Parallelism(tensor, expert)
+        curves.append(
+            Curve(
+                model_id,
+                find_model(model_id).family,
+                find_gpu(gpu).name,
+                num_gpus,
+                parallelism,
+                np.array(batches, dtype=np.float64),
+                mean[:, 0],
+                mean[:, 1],
+                mean[:, 2],
+            )
+        )
+    return curves
+
+
+def log_errors(constants: SiliconConstants, curves: Sequence[Curve]) -> FloatArray:
+    """ln(predicted / measured) of throughput, power and median ITL, shape 3 x points."""
+    out = []
+    for c in curves:
+        gpu = find_gpu(c.gpu)
+        model = RooflineModel(GroupPhysics(gpu, find_model(c.model_id), c.parallelism, constants))
+        said = model.predict(gpu.max_limit_w, c.batch)
+        out.append(
+            np.log(
+                [
+                    said.throughput_tokens_per_s / c.throughput_tokens_per_s,
+                    said.power_w / c.power_w,
+                    said.itl_p50_s / c.itl_p50_s,
+                ]
+            )
+        )
+    return np.concatenate(out, axis=1)
+
+
+def h100_capped(constants: SiliconConstants) -> tuple[FloatArray, FloatArray]:
+    """SM clock (MHz) and share of full throughput of a compute-bound step at `H100_CAPS_W`."""
+    gpu = find_gpu("H100-SXM")
+    physics = GroupPhysics(gpu, find_model("Llama-3.1-8B"), Parallelism(), constants)
+    steps = [physics.step(COMPUTE_BOUND, cap_w) for cap_w in H100_CAPS_W]
+    return (
+        np.array([step.clock * gpu.max_sm_clock_mhz for step in steps]),
+        np.array([steps[-1].duration_s / step.duration_s for step in steps]),
+    )
+
+
+def b200_capped(constants: SiliconConstants) -> FloatArray:
+    """Share of uncapped throughput at `B200_CAPS_W`, decoding Qwen3-235B-A22B on 8 GPUs with 1,024 sequences."""
+    physics = GroupPhysics(find_gpu("B200"), find_model("Qwen3-235B-A22B"), Parallelism(1, 8), constants)
+    grid = physics.sweep([1000.0, *B200_CAPS_W], 1024.0, 1024.0 * 700.0)
+    return np.asarray(grid.duration_s[0] / grid.duration_s[1:])
+
+
+def _robust(standardised: FloatArray) -> FloatArray:
+    """Pseudo-Huber: squares near zero, magnitudes far out."""
+    return np.asarray(np.sign(standardised) * np.sqrt(2.0 * (np.sqrt(1.0 + standardised**2) - 1.0)))
+
+
+def _moved(start: SiliconConstants, names: Sequence[str], x: FloatArray) -> SiliconConstants:
+    return replace(
+        start, **{n: getattr(start, n) * float(np.exp(v * _SPREAD[n])) for n, v in zip(names, x, strict=True)}
+    )
+
+
+def _cap_residuals(gpu: str, c: SiliconConstants) -> FloatArray:
+    """Few points against hundreds, but direct ones of the cap's law: their tolerance gives them about as much say."""
+    if gpu == "H100-SXM":
+        clocks, share = h100_capped(c)
+        by_clock = np.log(clocks / np.array(H100_CLOCKS_MHZ)) / np.array([0.06, *[0.01] * 5])
+        return np.concatenate([by_clock, np.log(share / np.array(H100_THROUGHPUT)) / 0.015])
+    return np.asarray(np.log(b200_capped(c) / np.array(B200_THROUGHPUT)) / 0.03)
+
+
+def _residuals(gpu: str, curves: Sequence[Curve]) -> Callable[[SiliconConstants], FloatArray]:
+    # The constants are for families nobody has seen yet: each family counts alike, however many rows it has.
+    points = {f: sum(len(c.batch) for c in curves if c.family == f) for f in {c.family for c in curves}}
+    mean_points = sum(points.values()) / max(len(points), 1)
+    weight = np.concatenate(
+        [np.full(len(c.batch), np.sqrt(mean_points / points[c.family])) for c in curves] or [np.empty(0)]
+    )
+
+    def residuals(c: SiliconConstants) -> FloatArray:
+        parts = [(weight * _robust(log_errors(c, curves) / _TOLERANCE)).reshape(-1)] if curves else []
+        parts.append(_cap_residuals(gpu, c))
+        return np.concatenate(parts)
+
+    return residuals
+
+
+def _slopes(f: Callable[[FloatArray], FloatArray], x: FloatArray, at_x: FloatArray) -> FloatArray:
+    return np.stack([(f(x + _STEP * e) - at_x) / _STEP for e in np.eye(len(x))], axis=1)
+
+
+def fit_serving(curves: Sequence[Curve]) -> dict[str, SiliconConstants]:
+    """Constants of H100 and B200 by damped Gauss-Newton; a GPU without curves gets the common ones and its cap law."""
+    gpus = ("H100-SXM", "B200")
+    n = len(_FITTED)
+    residuals = {gpu: _residuals(gpu, [c for c in curves if c.gpu == gpu]) for gpu in gpus}
+    common, own = np.zeros(n), {gpu: np.zeros(n) for gpu in gpus}
+    for _ in range(_ITERATIONS):
+        size = n * (1 + len(gpus))
+        hessian, gradient = np.zeros((size, size)), np.zeros(size)
+        hessian[:n, :n] = np.eye(n)
+        gradient[:n] = common
+        for i, gpu in enumerate(gpus, start=1):
+
+            def f(x: FloatArray, gpu: str = gpu) -> FloatArray:
+                return residuals[gpu](_moved(_START, _FITTED, x))
+
+            x = common + own[gpu]
+            r = f(x)
+            jacobian = _slopes(f, x, r)
+            curvature, pull = jacobian.T @ jacobian, jacobian.T @ r
+            block = slice(n * i, n * (i + 1))
+            hessian[:n, :n] += curvature
+            hessian[:n, block] += curvature
+            hessian[block, :n] += curvature
+            hessian[block, block] += curvature + np.diag(1.0 / _DEVIATION**2)
+            gradient[:n] += pull
+            gradient[block] += pull + own[gpu] / _DEVIATION**2
+        move = -np.linalg.solve(hessian, gradient)
+        move *= min(1.0, 1.0 / float(np.abs(move).max()))
+        common = common + move[:n]
+        for i, gpu in enumerate(gpus, start=1):
+            own[gpu] = own[gpu] + move[n * i : n * (i + 1)]
+    return {gpu: fit_cap_law(gpu, _moved(_START, _FITTED, common + own[gpu])) for gpu in gpus}
+
+
+def fit_cap_law(gpu: str, serving: SiliconConstants) -> SiliconConstants:
+    """What only capped measurements tell, fitted to them alone while decode's natural draw stays as it was."""
+
+    def natural(c: SiliconConstants) -> FloatArray:
+        physics = GroupPhysics(find_gpu(gpu), find_model("Llama-3.1-8B"), Parallelism(), c)
+        return np.log([physics.natural_draw_w(StepWork(decode_seqs=b, kv_tokens=600.0 * b)) for b in (8, 64, 512)])
+
+    before = natural(serving)
+
+    def f(x: FloatArray) -> FloatArray:
+        moved = _moved(serving, _CAP_LAW, x)
+        return np.concatenate([_cap_residuals(gpu, moved), (natural(moved) - before) / 0.02, x])
+
+    return _moved(serving, _CAP_LAW, _gauss_newton(f, len(_CAP_LAW)))
+
+
+def _gauss_newton(f: Callable[[FloatArray], FloatArray], size: int) -> FloatArray:
+    """Least squares of `f` from the origin, steps limited to one spread."""
+    x = np.zeros(size)
+    for _ in range(2 * _ITERATIONS):
+        r = f(x)
+        jacobian = _slopes(f, x, r)
+        move = -np.linalg.solve(jacobian.T @ jacobian, jacobian.T @ r)
+        x = x + move * min(1.0, 1.0 / float(np.abs(move).max()))
+    return x
+
+
+#: What stands in for GridPilot's kernels on the virtual V100: a long prompt, and decoding a small batch.
+V100_COMPUTE = StepWork(prefill_tokens=8192, prefill_context_tokens=512)
+V100_MEMORY = StepWork(decode_seqs=8, kv_tokens=8 * 512)
+
+
+def load_gridpilot_e1(path: Path) -> dict[str, list[tuple[float, float, float]]]:
+    """E1 by kernel: (mean SM clock MHz, mean W, iterations/s) of each (cap, locked clock), but for 405 MHz.
+
+    At 405 MHz the memory clock falls too, which no cap in the range brings about.
+    """
+    out: dict[str, list[tuple[float, float, float]]] = {}
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            if float(row["sm_target_mhz"]) > 405.0:
+                point = (float(row["sm_mean_mhz"]), float(row["power_mean_w"]), float(row["iters_per_s"]))
+                out.setdefault(row["workload"], []).append(point)
+    return out
+
+
+def fit_v100(serving: SiliconConstants, e1: Mapping[str, Sequence[tuple[float, float, float]]]) -> SiliconConstants:
+    """V100's power law from E1's compute- and memory-bound kernels; how it serves models is H100's (transferred)."""
+    gpu = find_gpu("V100-SXM2")
+    works = {"matmul_compute_bound": V100_COMPUTE, "inference_memory_bound": V100_MEMORY}
+
+    def f(x: FloatArray) -> FloatArray:
+        physics = GroupPhysics(gpu, find_model("Llama-3.1-8B"), Parallelism(), _moved(serving, _POWER_LAW, x))
+        parts = []
+        for kernel, work in works.items():
+            points = np.array(e1[kernel])
+            steps = np.array([physics.locked_step(work, mhz / gpu.max_sm_clock_mhz) for mhz in points[:, 0]])
+            parts.append(np.log(steps[:, 1] / points[:, 1]) / 0.03)
+            rate = np.log(1.0 / steps[:, 0] / points[:, 2])
+            parts.append((rate - rate.mean()) / 0.03)
+        # A part of another generation: the power law may lie further from H100's than the spread.
+        return np.concatenate([*parts, x / 4.0])
+
+    return _moved(serving, _POWER_LAW, _gauss_newton(f, len(_POWER_LAW)))
+
+
+def calibrate(data: Path) -> tuple[dict[str, SiliconConstants], dict[str, str]]:
+    """All constants and where they came from."""
+    serving = fit_serving(load_mlenergy(data / "mlenergy" / "lm-arena-chat.json"))
+    v100 = fit_v100(serving["H100-SXM"], load_gridpilot_e1(data / "gridpilot" / "E1_summary_table.csv"))
+    mlenergy = "fitted on the ML.ENERGY Benchmark v3 (lm-arena-chat)"
+    return (
+        {"V100-SXM2": v100, "A100-SXM": serving["H100-SXM"], **serving},
+        {
+            "V100-SXM2": "power law fitted on GridPilot E1 (arXiv 2605.26384); serving constants transferred from H100",
+            "A100-SXM": "transferred: H100's dimensionless constants, no A100 was measured",
+            "H100-SXM": f"{mlenergy} and FACTS's cap-to-clock and training tables",
+            "B200": f"{mlenergy} and FACTS's capped decode of a 235B MoE",
+        },
+    )
+
+
+def render(table: Mapping[str, SiliconConstants], provenance: Mapping[str, str]) -> str:
+    """The source text of `silicon_table.py`."""
+    lines = [
+        '"""Fitted constants per GPU type. Written by `python -m pals_ray.bench.calibrate`; do not edit."""',
+        "",
+        "TABLE: dict[str, dict[str, float]] = {",
+    ]
+    for name, constants in table.items():
+        lines.append(f'    "{name}": {{')
+        lines.extend(f'        "{key}": {value:.4g},' for key, value in asdict(constants).items())
+        lines.append("    },")
+    lines += ["}", "", "PROVENANCE: dict[str, str] = {"]
+    lines.extend(f'    "{name}": "{text}",' for name, text in provenance.items())
+    return "\n".join([*lines, "}", ""])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the table next to the models; the one argument is the folder of the data."""
+    if len(argv) != 2:
+        sys.stderr.write("usage: python -m pals_ray.bench.calibrate DATA_FOLDER\n")
+        return 2
+    target = Path(__file__).parents[1] / "models" / "physics" / "silicon_table.py"
+    target.write_text(render(*calibrate(Path(argv[1]))))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv))

@@ -1,0 +1,203 @@
+"""`pals bench overhead`: what pals-ray costs an engine, against plain Ray Serve LLM on the same machine.
+
+Both serve the same tiny model, side by side on one cluster, and are loaded in turn: a pair's runs take turns of some
+seconds, since the speed of a shared host drifts by more within minutes than what is looked for. On our side nothing is
+paced: the worker holds its virtual GPU, and computes as vLLM's own. While the plain side is loaded, manager, agent and
+guardian are stopped (SIGSTOP), so that none of their work falls on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pals_ray.bench.served_fleet import URL, BenchError, default_fleet, served_fleet
+from pals_ray.profiling.load import ClosedLoop, LoadResult, RequestShape, in_full_swing
+
+MODEL, PLAIN = "tiny-dense", "/plain"
+STREAMS, SHAPE = 8, RequestShape(prompt_tokens=64, output_tokens=96)
+WARM_S, TURN_S, SETTLE_S = 8.0, 10.0, 1.0
+RESAMPLES = 10_000
+UNPACED = "pals_ray.engine.virtual.unpaced_worker.UnpacedWorker"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One run of each side: output tokens/s, and median time to first token."""
+
+    ours_tokens_per_s: float
+    plain_tokens_per_s: float
+    ours_ttft_s: float
+    plain_ttft_s: float
+
+    @property
+    def throughput_ratio(self) -> float:
+        return self.ours_tokens_per_s / self.plain_tokens_per_s
+
+    @property
+    def ttft_ratio(self) -> float:
+        return self.ours_ttft_s / self.plain_ttft_s
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A median ratio and its 95 % interval (bootstrap of the median over pairs)."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+
+def overhead(
+    pairs: Annotated[int, typer.Option(help="Runs of each side, alternating.")] = 12,
+    seconds: Annotated[float, typer.Option(help="How long each run lasts.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+) -> None:
+    """Compare an engine under pals-ray, unpaced, with plain ray.serve.llm; and time the scheduler's hook."""
+    from pals_ray.engine.hook_cost import measure_hooks  # imports vLLM
+
+    with served_fleet(unpaced_fleet()):
+        _deploy_plain()
+        done = asyncio.run(_alternate(pairs, seconds))
+    hook_us = measure_hooks().scheduler.p50_us
+    throughput, ttft = ratio([p.throughput_ratio for p in done]), ratio([p.ttft_ratio for p in done])
+    if as_json:
+        print(json.dumps(figures(throughput, ttft, hook_us)))
+        return
+    table = Table(title=f"Under pals-ray over plain ray.serve.llm: {pairs} pairs of {seconds:g} s, {STREAMS} streams")
+    for header in ("figure", "median ratio", "95 % interval", "half-width", "ours", "plain"):
+        table.add_column(header, justify="left" if header == "figure" else "right")
+    rows: list[tuple[str, Ratio, list[float], list[float], str]] = [
+        ("tokens/s", throughput, [p.ours_tokens_per_s for p in done], [p.plain_tokens_per_s for p in done], ".1f"),
+        ("TTFT p50, s", ttft, [p.ours_ttft_s for p in done], [p.plain_ttft_s for p in done], ".4f"),
+    ]
+    for name, r, ours, plain, form in rows:
+        interval = f"{r.low:.4f} to {r.high:.4f}"
+        medians = (format(float(np.median(side)), form) for side in (ours, plain))
+        table.add_row(name, f"{r.median:.4f}", interval, f"{r.half_width:.4f}", *medians)
+    console = Console()
+    console.print(table)
+    console.print(f"scheduler hook: {hook_us:.2f} us a step")
+
+
+def figures(throughput: Ratio, ttft: Ratio, hook_us: float) -> dict[str, float]:
+    """The figures of the JSON object."""
+    return {
+        "throughput_ratio": throughput.median,
+        "throughput_half_width": throughput.half_width,
+        "ttft_ratio": ttft.median,
+        "ttft_half_width": ttft.half_width,
+        "hook_us": hook_us,
+    }
+
+
+def ratio(ratios: list[float]) -> Ratio:
+    """The median of some ratios, with the interval that 95 % of resampled medians lie in."""
+    drawn = np.random.default_rng(0).choice(np.array(ratios), (RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def unpaced_fleet() -> dict[str, Any]:
+    """The default fleet's dense model alone, its worker computing as fast as it can."""
+    content = copy.deepcopy(default_fleet())
+    (model,) = [m for m in content["models"] if m["llm_config"]["model_loading_config"]["model_id"] == MODEL]
+    model["llm_config"]["engine_kwargs"]["worker_cls"] = UNPACED
+    return content | {"models": [model]}
+
+
+def _deploy_plain() -> None:
+    """The same engine once more, as Ray Serve LLM alone serves it."""
+    from ray import serve
+    from ray.serve.llm import LLMConfig, build_openai_app
+
+    from pals_ray.runtime.serve.server import TINY_FOLDER, TINY_MODELS
+
+    (model,) = unpaced_fleet()["models"]
+    content = model["llm_config"]
+    del content["engine_kwargs"]["worker_cls"]
+    source = content["model_loading_config"]["model_source"]
+    content["model_loading_config"]["model_source"] = str(TINY_FOLDER / TINY_MODELS[source])
+    content["accelerator_config"] = {"kind": "cpu"}
+    content["placement_group_config"] = {"bundle_per_worker": {"CPU": 0.2}}
+    content["deployment_config"]["ray_actor_options"] = {"num_cpus": 0.1}
+    ingress = {"ray_actor_options": {"num_cpus": 0.1}, "num_replicas": 1, "autoscaling_config": None}
+    application = build_openai_app(
+        {"llm_configs": [LLMConfig.model_validate(content)], "ingress_deployment_config": ingress}
+    )
+    serve.run(application, name="plain", route_prefix=PLAIN)
+
+
+async def _alternate(pairs: int, seconds: float) -> list[Pair]:
+    sides = (URL, URL + PLAIN)
+    for side in sides:
+        await _load(side, WARM_S, seed=0)
+    turns = max(1, round(seconds / TURN_S))
+    done = []
+    for pair in range(pairs):
+        runs: dict[str, list[LoadResult]] = {side: [] for side in sides}
+        for turn in range(turns):
+            for side in sides if (pair + turn) % 2 == 0 else reversed(sides):
+                with _stopped_parts() if side != URL else nullcontext():
+                    # The same requests for both.
+                    runs[side].append(await _load(side, seconds / turns, seed=pair * turns + turn))
+                await asyncio.sleep(SETTLE_S)
+        (ours, ours_ttft_s), (plain, plain_ttft_s) = (_together(runs[side]) for side in sides)
+        done.append(Pair(ours, plain, ours_ttft_s, plain_ttft_s))
+    return done
+
+
+def _together(turns: list[LoadResult]) -> tuple[float, float]:
+    """Output tokens/s and median TTFT, s, of one side's run."""
+    tokens = sum(turn.output_tokens for turn in turns)
+    elapsed_s = sum(turn.ended_s - turn.started_s for turn in turns)
+    return tokens / elapsed_s, float(np.median([ttft_s for turn in turns for ttft_s in turn.ttft_s]))
+
+
+async def _load(url: str, seconds: float, seed: int) -> LoadResult:
+    async with ClosedLoop(url, MODEL, STREAMS, in_full_swing(SHAPE, seed)) as load:
+        await asyncio.sleep(seconds)
+    if load.result.failures or not load.result.completed:
+        raise BenchError(f"requests to {url} failed: {load.result.failures[:3] or 'none completed'}")
+    return load.result
+
+
+@contextmanager
+def _stopped_parts() -> Iterator[None]:
+    """Manager, agents and guardian held still."""
+    parts = [p for p in psutil.process_iter() if _is_ours(p)]
+    if len(parts) < 3:
+        raise BenchError(f"manager, agent and guardian should run, but there are only {len(parts)} of them")
+    for part in parts:
+        part.suspend()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.resume()
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    try:
+        command = " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+    return (
+        command.startswith(("ray::PowerAgent", "ray::GlobalPowerManager"))
+        or "pals_ray.runtime.node.guardian" in command
+    )

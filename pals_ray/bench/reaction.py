@@ -1,0 +1,167 @@
+"""`pals bench reaction`: how long a new budget takes to be in force on every GPU."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import ray
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pals_ray.engine.control_block import ControlBlock, block_path
+from pals_ray.errors import PalsError
+from pals_ray.gpus.virtual import VirtualDriver
+from pals_ray.gpus.virtual_block import remove_block
+from pals_ray.processes import identify
+from pals_ray.runtime.actors import ensure_agent, ensure_manager
+from pals_ray.runtime.client import Fleet
+from pals_ray.runtime.messages import NAMESPACE, AgentSpec
+from pals_ray.runtime.node.hardware import HardwareSpec
+
+AGENTS = 16
+STEPS = 50
+CALL_DELAY_S = 0.02
+GPU = "A100-SXM"
+MODEL = "sleeper"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One change of the budget, W, and the time from the call until every cap was in force and read back, ms."""
+
+    before_w: float
+    budget_w: float
+    ms: float
+
+
+def reaction(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+    agents: Annotated[int, typer.Option(help="Replicas, each with an agent and a GPU of its own.")] = AGENTS,
+    steps: Annotated[int, typer.Option(help="Changes of the budget.")] = STEPS,
+) -> None:
+    """Time budget changes on real Ray: agents beside processes that only sleep, virtual NVML taking 20 ms a call."""
+    with sleeping_fleet(agents) as (fleet, driver):
+        done = change_budgets(fleet, driver, steps)
+    if as_json:
+        print(json.dumps(figures(done)))
+        return
+    table = Table(
+        title=f"From set_budget to every cap in force: {agents} agents, {CALL_DELAY_S * 1000:g} ms a GPU call"
+    )
+    for header in ("changes", "count", "ms p50", "ms p99", "ms worst"):
+        table.add_column(header, justify="left" if header == "changes" else "right")
+    cuts = [step for step in done if step.budget_w < step.before_w]
+    for name, rows in (("cuts", cuts), ("raises", [s for s in done if s not in cuts]), ("all", done)):
+        if rows:
+            ms = [step.ms for step in rows]
+            table.add_row(name, str(len(rows)), *(f"{x:.0f}" for x in (*np.percentile(ms, [50, 99]), max(ms))))
+    Console().print(table)
+
+
+def figures(steps: list[Step]) -> dict[str, float]:
+    """The figures of the JSON object, over cuts and raises together."""
+    p50_ms, p99_ms = np.percentile([step.ms for step in steps], [50, 99])
+    return {"p50_ms": float(p50_ms), "p99_ms": float(p99_ms), "steps": len(steps)}
+
+
+def change_budgets(fleet: Fleet, driver: VirtualDriver, steps: int) -> list[Step]:
+    """Set random budgets one after another, at random times between the agents' beats."""
+    gpus, rng, done = driver.gpus(), random.Random(1), []
+    low_w, high_w = (sum(getattr(gpu.info, name) for gpu in gpus) for name in ("min_limit_w", "max_limit_w"))
+    before_w = fleet.status().budget_w
+    for _ in range(steps):
+        budget_w = round(rng.uniform(1.05 * low_w, 0.95 * high_w))
+        time.sleep(rng.uniform(0.2, 0.7))
+        called_s = time.perf_counter()
+        fleet.set_budget(budget_w)
+        done.append(Step(before_w, budget_w, 1000 * (time.perf_counter() - called_s)))
+        in_force_w = sum(gpu.limit_w() for gpu in gpus)
+        if not budget_w - 1 < in_force_w < budget_w + 0.01:
+            raise PalsError(
+                f"set_budget({budget_w}) returned with {in_force_w:.1f} W in force; the figures say nothing"
+            )
+        before_w = budget_w
+    return done
+
+
+@contextmanager
+def sleeping_fleet(agents: int) -> Iterator[tuple[Fleet, VirtualDriver]]:
+    """A fleet of its own on a Ray of its own: real manager and agents, GPUs that are slow to answer, no engine."""
+    key = f"bench-{os.getpid()}"
+    sleepers: list[subprocess.Popen[bytes]] = []
+    # Ray prints warnings about its cluster to stdout, which is for the figures.
+    with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="pals-bench-") as storage:
+        ray.init(address="local", num_cpus=2, namespace=NAMESPACE, include_dashboard=False, log_to_driver=False)
+        try:
+            driver = VirtualDriver.open(key, GPU, agents)
+            fleet = asyncio.run(_start(key, storage, agents, sleepers))
+            for gpu in driver.gpus():
+                gpu.call_delay_s = CALL_DELAY_S
+            yield fleet, driver
+            for gpu in driver.gpus():
+                gpu.call_delay_s = 0.0
+            for sleeper in sleepers:
+                sleeper.kill()
+            fleet.stop()
+        finally:
+            for sleeper in sleepers:
+                sleeper.kill()
+                sleeper.wait()
+            ray.shutdown()
+            remove_block(key)
+
+
+async def _start(key: str, storage: str, agents: int, sleepers: list[subprocess.Popen[bytes]]) -> Fleet:
+    manager = await ensure_manager(storage)
+    await manager.configure.remote(_fleet_file(storage, agents), "1", "")
+    specs = []
+    for index in range(agents):
+        sleepers.append(subprocess.Popen(["sleep", "infinity"]))
+        specs.append(_spec(key, storage, index, agents, sleepers[-1].pid))
+    found = await asyncio.gather(*map(ensure_agent, specs))
+    await asyncio.gather(*(agent.claim.remote([f"GPU-virtual-{key}-{index}"], 32) for index, agent in enumerate(found)))
+    return Fleet()
+
+
+def _fleet_file(storage: str, agents: int) -> dict[str, Any]:
+    return {
+        "budget_w": 200.0 * agents,
+        # Nobody asks these replicas anything: their agents would rest at the lowest cap, were the caps not pinned.
+        "policy": "policies.batch_only:allocate",
+        "hardware": {"kind": "virtual", "virtual": {"gpu": GPU, "count": agents}},
+        "storage_path": storage,
+        "models": [{"llm_config": {"model_loading_config": {"model_id": MODEL}}, "stands_for": "Qwen3-32B"}],
+    }
+
+
+def _spec(key: str, storage: str, index: int, agents: int, pid: int) -> AgentSpec:
+    """A replica whose process only sleeps, with a control block of its own."""
+    name = f"r{index}"
+    block = ControlBlock.create(block_path(key, name))
+    owner = identify(pid)
+    block.field("owner_pid")[0], block.field("owner_start_ticks")[0] = owner
+    return AgentSpec(
+        replica_id=f"{MODEL}#{name}",
+        model=MODEL,
+        num_gpus=1,
+        node_id=ray.get_runtime_context().get_node_id(),
+        node_key=key,
+        node_labels=(),
+        replica=owner,
+        block_path=str(block.path),
+        hardware=HardwareSpec("virtual", GPU, agents),
+        storage_path=storage,
+    )

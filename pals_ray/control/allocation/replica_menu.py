@@ -1,0 +1,249 @@
+"""A replica's menu: what each more watt of charge is predicted to be worth, from its model, target and demand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pals_ray.control.replica.latency_feedback import TailFactors
+from pals_ray.control.snapshot import ReplicaSnapshot
+from pals_ray.models.correction import CorrectedModel
+from pals_ray.models.power_model import FloatArray, PowerModel, Prediction
+from pals_ray.types import ReplicaTelemetry, Target
+
+IntArray = NDArray[np.intp]
+
+#: A grant is at most the natural draw x (1 + HEADROOM); a replica whose cap binds there may ask for STEP of its range.
+HEADROOM = 0.1
+STEP = 0.05
+#: Share of samples with the cap binding from which on it counts as binding.
+BINDING = 0.5
+#: What a watt costs, so that of two points that serve the same the cheaper is worth more.
+VALUE_PER_W = 1e-6
+CAPS = 101
+BATCHES_PER_OCTAVE = 4
+#: A crowd is this many standard deviations above the mean of what runs: in 2 % there are more.
+BUSY_SIGMAS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """A model's answers at C caps x B batches; all replicas alike share one.
+
+    `cap_w` (C,) per GPU, `batch` (B,); else (C, B): `capacity_tokens_per_s` is one standard deviation below the mean,
+    so that a point said to serve its target mostly does; `power_w` is the group's.
+    """
+
+    cap_w: FloatArray
+    batch: FloatArray
+    capacity_tokens_per_s: FloatArray
+    power_w: FloatArray
+    itl_p99_s: FloatArray
+    ttft_p99_s: FloatArray
+    honours_cap: np.ndarray[tuple[int, int], np.dtype[np.bool_]]
+
+
+def surface(model: PowerModel, min_limit_w: float, max_limit_w: float, max_batch: int) -> Surface:
+    """Ask a model for the whole range of a replica in one call.
+
+    Replicas of one model differ in their corrections alone: what the model itself says is remembered.
+    """
+    if isinstance(model, CorrectedModel):
+        cap_w, batch, said = _whole_range(_Same(model.model), min_limit_w, max_limit_w, max_batch)
+        return _surface(cap_w, batch, model.corrected(cap_w[:, None], said))
+    return _surface(*_whole_range(_Same(model), min_limit_w, max_limit_w, max_batch))
+
+
+class _Same:
+    """A model by its identity: what it says never changes, and it need not be hashable."""
+
+    def __init__(self, model: PowerModel) -> None:
+        self.model = model
+
+    def __hash__(self) -> int:
+        return id(self.model)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.model is self.model
+
+
+@lru_cache(maxsize=32)
+def _whole_range(
+    asked: _Same, min_limit_w: float, max_limit_w: float, max_batch: int
+) -> tuple[FloatArray, FloatArray, Prediction]:
+    cap_w = np.linspace(min_limit_w, max_limit_w, CAPS)
+    octaves = np.arange(0, np.log2(max_batch), 1 / BATCHES_PER_OCTAVE)
+    batch = np.unique(np.append(np.round(2**octaves), max_batch)).astype(float)
+    return cap_w, batch, asked.model.predict(cap_w[:, None], batch[None, :])
+
+
+def ask(model: PowerModel, cap_w: FloatArray, batch: FloatArray) -> Surface:
+    """A model's answers at these caps (C,) x batches (B,), both ascending, in one call."""
+    return _surface(cap_w, batch, model.predict(cap_w[:, None], batch[None, :]))
+
+
+def _surface(cap_w: FloatArray, batch: FloatArray, p: Prediction) -> Surface:
+    safe = np.maximum(p.throughput_tokens_per_s * (1 - p.throughput_rel_std), 0.0)
+    return Surface(cap_w, batch, safe, p.power_w, p.itl_p99_s, p.ttft_p99_s, p.honours_cap)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaMenu:
+    """A replica's points by rising charge, (C,) each.
+
+    `extra_w` is whole watts above the least charge, `value` as in ARCHITECTURE.md's Words, `share` the predicted
+    served / wanted (latency misses taken off), at `cap_w` and `batch_limit`. `floor` is the point of the least grant
+    (minimum share, TTFT, burst floor), `most_extra_w` what may be granted, `wanted_tokens_per_s` what share 1 means.
+    """
+
+    extra_w: FloatArray
+    value: FloatArray
+    share: FloatArray
+    cap_w: FloatArray
+    batch_limit: FloatArray
+    floor: int
+    most_extra_w: float
+    wanted_tokens_per_s: float
+
+
+def replica_menu(
+    replica: ReplicaSnapshot, on: Surface, target_tokens_per_s: float | None, pin_batch_limit: int | None = None
+) -> ReplicaMenu:
+    """The menu of a replica whose part of its model's target is `target_tokens_per_s` (None: all its demand).
+
+    The batch is the least that serves the demand (Little's law), or a smaller one where that is worth more under the
+    latency limits; with `pin_batch_limit` only what the demand makes of that limit.
+    """
+    arriving = np.inf if replica.demand_tokens_per_s is None else replica.demand_tokens_per_s
+    demand = 0.0 if replica.parked else with_queue_tokens_per_s(arriving, replica.telemetry, on)
+    wanted = min(demand, np.inf if target_tokens_per_s is None else target_tokens_per_s)
+    wanted = float(on.capacity_tokens_per_s[-1].max()) if np.isinf(wanted) else wanted
+    met = latency_met(replica.target, _planned(on, demand, replica.tails))
+    share, implied, chosen = best_batch(on, demand, wanted, met, may_wait=replica.target.ttft_p99_s is None)
+    if pin_batch_limit is not None:
+        chosen = np.minimum(implied, max(int(np.searchsorted(on.batch, pin_batch_limit, side="right")) - 1, 0))
+    caps = np.arange(len(on.cap_w))
+    share, power_w, honours = share[caps, chosen], on.power_w[caps, chosen], on.honours_cap[caps, chosen]
+
+    gpu_w = np.where(honours, replica.num_gpus * on.cap_w, np.maximum(replica.num_gpus * on.cap_w, power_w))
+    charge_w = (1 + replica.overhead.b) * gpu_w + replica.overhead.charge_w(0.0, replica.num_gpus, replica.node_gpus)
+    extra_w = np.ceil(np.maximum.accumulate(charge_w) - replica.least_charge_w - 1e-6)
+    extra_w = np.clip(extra_w, 0.0, np.floor(replica.most_charge_w - replica.least_charge_w))
+    extra_w[0] = 0.0
+    most_extra_w = _most_extra_w(replica, float(power_w[-1]))
+    last = int(np.searchsorted(extra_w, most_extra_w, side="right")) - 1
+    kept = np.minimum(caps, last)
+    # At a cap under the clock floor's draw a replica is charged less than it draws, out of others' watts: what it
+    # serves there counts for the part that it pays for, or the lowest cap would be the best bargain of all. While one
+    # sequence at a time is more than enough the clocks mostly rest.
+    busy = min(demand / max(float(on.capacity_tokens_per_s[0, 0]), 1e-9), 1.0)
+    paid = np.ones_like(share)
+    paid[0] = 1.0 - busy * (1.0 - replica.least_charge_w / max(float(charge_w[0]), replica.least_charge_w))
+    value = replica.target.weight * share * paid - VALUE_PER_W * (replica.least_charge_w + extra_w)
+    floor = _floor(replica, on, share[kept], extra_w[kept], demand > 0)
+    return ReplicaMenu(
+        extra_w[kept], value[kept], share[kept], on.cap_w[kept], on.batch[chosen][kept], floor, most_extra_w, wanted
+    )
+
+
+def implied_batch(on: Surface, demand: float) -> IntArray:
+    """(C,): the column of `on.batch` that a demand, tokens/s, implies at each cap, the least that serves it (Little's
+    law); the last where none does."""
+    reaches = on.capacity_tokens_per_s >= demand
+    return np.where(reaches.any(axis=1), reaches.argmax(axis=1), len(on.batch) - 1)
+
+
+def best_batch(
+    on: Surface, demand: float, wanted: float, met: FloatArray, *, may_wait: bool = True
+) -> tuple[FloatArray, IntArray, IntArray]:
+    """What each point serves of what is `wanted`, and the batch that is best at each cap.
+
+    Returns shares (C, B), times `met` (C, B; see `latency_met`), and columns of `on.batch` (C,): the batch that the
+    demand implies (`implied_batch`), and that or a smaller one where the latency limits make it worth more, but none
+    that would keep waiting what is wanted and could be served, nor, unless they `may_wait`, any of an overload: those
+    kept out miss the TTFT. Rates are tokens/s.
+    """
+    served = np.minimum(on.capacity_tokens_per_s, wanted)
+    share = served / wanted if wanted > 0 else np.ones_like(served)
+    # Those whom a smaller batch keeps out wait, and miss more than the latency of those who are in: a miss is weighed.
+    share = share * met
+    implied = implied_batch(on, demand)
+    # Whom a smaller batch than what is wanted makes run keeps out waits, and misses more than an inter-token latency.
+    enough = on.capacity_tokens_per_s >= min(wanted, demand)
+    least = np.where(enough.any(axis=1), enough.argmax(axis=1), 0 if may_wait else implied)
+    column = np.arange(len(on.batch))
+    usable = (column <= implied[:, None]) & (column >= least[:, None])
+    chosen = np.where(usable, share, -1.0).argmax(axis=1)
+    return share, implied, chosen
+
+
+def with_queue_tokens_per_s(demand: float, seen: ReplicaTelemetry, on: Surface) -> float:
+    """What a replica is to serve now, tokens/s: its demand, and more where requests wait or soon may.
+
+    Those who wait are to be let in within the time that those who run, half done on average, have still to go; and
+    never faster than the engine could make of all of them. A short queue so asks for a little more than arrives, not
+    for all that a full batch makes, which others would have to do without. What runs varies as a Poisson number does:
+    those who would be one deviation above the batch limit count as waiting already.
+    """
+    limit = float(on.batch[-1])
+    inside = seen.running + seen.waiting
+    waiting = max(float(seen.waiting), inside + float(np.sqrt(seen.running)) - limit)
+    if waiting <= 0.0:
+        return demand
+    together = int(np.searchsorted(on.batch, min(inside, limit)))
+    fastest = max(demand, float(on.capacity_tokens_per_s[-1, together]))
+    if seen.running == 0 or demand <= 0.0:
+        return fastest
+    return min(demand * (1.0 + 2.0 * waiting / seen.running), fastest)
+
+
+def _planned(on: Surface, demand: float, tails: TailFactors) -> Surface:
+    """A surface with the latencies that the agent plans with: what its feedback says of those of a crowd, where a batch
+    serves the demand, and of the batch itself where it is full."""
+    crowd = np.minimum(np.searchsorted(on.batch, on.batch + BUSY_SIGMAS * np.sqrt(on.batch)), len(on.batch) - 1)
+    column = np.where(on.capacity_tokens_per_s >= demand, crowd, np.arange(len(on.batch)))
+    itl_s, ttft_s = (np.take_along_axis(values, column, axis=1) for values in (on.itl_p99_s, on.ttft_p99_s))
+    return replace(on, itl_p99_s=tails.itl * itl_s, ttft_p99_s=tails.ttft * ttft_s)
+
+
+def latency_met(target: Target, on: Surface) -> FloatArray:
+    """(C, B): 1 within the limits, else limit / latency of the worse miss."""
+    met = np.ones_like(on.itl_p99_s)
+    for limit_s, latency_s in ((target.itl_p99_s, on.itl_p99_s), (target.ttft_p99_s, on.ttft_p99_s)):
+        if limit_s is not None:
+            met = np.minimum(met, limit_s / np.maximum(latency_s, limit_s))
+    return met
+
+
+def most_charge_w(replica: ReplicaSnapshot, natural_draw_w: float) -> float:
+    """The most that a replica is granted, W: natural draw (GPU watts) x (1 + headroom), a step more where that binds.
+
+    Also at least the burst floor; never outside its least and most charge.
+    """
+    if replica.parked:
+        return replica.least_charge_w
+    charge_w = replica.overhead.charge_w(natural_draw_w * (1 + HEADROOM), replica.num_gpus, replica.node_gpus)
+    if replica.telemetry.binding_share >= BINDING:
+        charge_w = max(charge_w, replica.grant_w + STEP * (replica.most_charge_w - replica.least_charge_w))
+    charge_w = max(charge_w, replica.target.burst_floor_w, replica.least_charge_w)
+    return min(charge_w, replica.most_charge_w)
+
+
+def _most_extra_w(replica: ReplicaSnapshot, predicted_w: float) -> float:
+    """The natural draw is the predicted one at the demand's batch, or the measured one (prefill in it) where higher."""
+    natural_w = max(predicted_w, replica.natural_draw_w or 0.0)
+    return float(np.floor(most_charge_w(replica, natural_w) - replica.least_charge_w))
+
+
+def _floor(replica: ReplicaSnapshot, on: Surface, share: FloatArray, extra_w: FloatArray, has_demand: bool) -> int:
+    """The first point that is a least grant: burst floor, and with demand minimum share and a TTFT that can be met."""
+    wished = [np.flatnonzero(extra_w >= min(replica.target.burst_floor_w - replica.least_charge_w, extra_w[-1]))]
+    if has_demand:
+        wished.append(np.flatnonzero(share >= min(replica.target.min_share, share.max())))
+        if replica.target.ttft_p99_s is not None:
+            wished.append(np.flatnonzero((on.ttft_p99_s <= replica.target.ttft_p99_s).any(axis=1)))
+    last = len(extra_w) - 1
+    return 0 if replica.parked else min(max((int(points[0]) for points in wished if len(points)), default=0), last)

@@ -1,0 +1,105 @@
+"""What moves the budget by itself: a schedule, or a signal that is followed. Watts are at node level."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from pals_ray.control.budget.regulation import Signal
+from pals_ray.control.budget.schedule import Entry, Schedule, at_least, budget_at
+from pals_ray.control.budget.signal_following import Following, FollowState, step
+from pals_ray.types import BudgetSource
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBudget:
+    """Entries of a schedule, as they are written down; `pals_ray.control.budget.schedule` says what they mean."""
+
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FollowedSignal:
+    """A signal as it is written down: values in [-1, 1] at times, s, that count from `started_s`, Unix s."""
+
+    following: Following
+    time_s: tuple[float, ...]
+    value: tuple[float, ...]
+    started_s: float
+
+    def signal(self) -> Signal:
+        """The signal itself. Raises `RegulationError` for one that cannot be followed."""
+        return Signal(np.array(self.time_s, dtype=np.float64), np.array(self.value, dtype=np.float64))
+
+
+BudgetPlan = ScheduledBudget | FollowedSignal
+
+
+@dataclass(frozen=True, slots=True)
+class FleetWatts:
+    """What the fleet needs at its lowest caps, what it is charged (its reserve included), and its mean draw since it
+    was asked last (None: not known)."""
+
+    needed_w: float
+    occupied_w: float
+    drawn_w: float | None
+
+
+class BudgetMover:
+    """Says what the budget is to be now. Keeps time by the monotonic clock between two wall-clock readings, so that a
+    clock that jumps moves a schedule, which is written in wall time, but no signal."""
+
+    def __init__(self, plan: BudgetPlan, set_w: float, wall_s: float, now_s: float) -> None:
+        """`set_w` is the budget that was set before, W: a schedule's while no entry holds. Raises `RegulationError`."""
+        self._plan = plan
+        self._set_w = set_w
+        self._wall_less_now_s = wall_s - now_s
+        self._state = FollowState()
+        self._schedule = Schedule(plan.entries) if isinstance(plan, ScheduledBudget) else None
+        self._signal = plan.signal() if isinstance(plan, FollowedSignal) else None
+        self._next_change_s = math.inf
+
+    @property
+    def name(self) -> str:
+        """What moves the budget, for a message."""
+        return "the schedule" if self._schedule is not None else "the followed signal"
+
+    def wait_s(self, wall_s: float, at_most_s: float) -> float:
+        """How long the budget needs no look, s: until the schedule's next change, and at most so long."""
+        return max(min(self._next_change_s - wall_s, at_most_s), 0.0)
+
+    def ask(self, watts: FleetWatts, wall_s: float, now_s: float) -> tuple[float, BudgetSource]:
+        """The budget from now on, W, and what to tell an operator: never under what the fleet needs, with a warning."""
+        if self._schedule is not None:
+            return self._scheduled(self._schedule, watts, wall_s)
+        return self._followed(watts, now_s)
+
+    def _scheduled(self, schedule: Schedule, watts: FleetWatts, wall_s: float) -> tuple[float, BudgetSource]:
+        asked = budget_at(schedule, self._set_w, wall_s)
+        budget_w, warning = at_least(asked.budget_w, watts.needed_w, self.name)
+        # In a ramp it changes all the time: every beat is soon enough.
+        self._next_change_s = asked.next_change_s if asked.next_change_s > wall_s else math.inf
+        next_s = self._next_change_s if self._next_change_s < math.inf else None
+        return budget_w, BudgetSource("schedule", self._set_w, asked.budget_w, asked.reason, warning, next_s)
+
+    def _followed(self, watts: FleetWatts, now_s: float) -> tuple[float, BudgetSource]:
+        assert isinstance(self._plan, FollowedSignal)
+        assert self._signal is not None
+        following = self._plan.following
+        elapsed_s = now_s + self._wall_less_now_s - self._plan.started_s
+        self._state, done = step(
+            self._state,
+            following,
+            self._signal.mean(elapsed_s, following.smooth_s),
+            now_s,
+            measured_w=watts.drawn_w,
+            occupied_w=watts.occupied_w,
+            needed_w=watts.needed_w,
+        )
+        left_s = self._signal.end_s - elapsed_s
+        until = f"{left_s:.0f} s of it left" if left_s > 0 else "it has ended: the base holds"
+        return done.budget_w, BudgetSource(
+            "signal", self._set_w, done.target_w, f"{done.reason}; {until}", done.warning, None
+        )

@@ -1,0 +1,122 @@
+"""Following a signal: the draw wanted now, and the budget that makes the fleet draw it, under a hard ceiling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pals_ray.control.budget.schedule import at_least
+
+#: A fleet that leaves more than this share of its budget uncharged cannot draw more: a larger budget changes nothing.
+UNUSED_SHARE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """How to follow: the target is `base_w + range_w * y`, y in [-1, 1]; the budget never passes `ceiling_w`, W.
+
+    `integral_s` is the time in which feedback makes up for a constant gap, `trim_limit` the largest correction as a
+    share of the target. `smooth_s` is for the caller, who gives y as the signal's mean over so long: PJM compares draw
+    with the signal of 10 s before, so going with the mean of the last seconds costs less than leaping ahead of it, and
+    moves the caps more gently.
+    """
+
+    base_w: float
+    range_w: float
+    ceiling_w: float
+    integral_s: float = 5.0
+    trim_limit: float = 0.25
+    smooth_s: float = 8.0
+
+    def target_w(self, y: float) -> float:
+        """The draw that the signal asks for, W, before ceiling and lowest caps."""
+        return self.base_w + self.range_w * y
+
+
+@dataclass(frozen=True, slots=True)
+class FollowState:
+    """What following remembers: the correction, W, and the last step's time (s, any clock), target and budget, W."""
+
+    trim_w: float = 0.0
+    step_s: float | None = None
+    target_w: float = 0.0
+    budget_w: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """One step's outcome, W at node level. `warning` is set while the signal asks for what cannot be had."""
+
+    target_w: float
+    budget_w: float
+    reason: str
+    warning: str | None = None
+
+
+def step(
+    state: FollowState,
+    following: Following,
+    y: float,
+    now_s: float,
+    *,
+    measured_w: float | None,
+    occupied_w: float,
+    needed_w: float,
+) -> tuple[FollowState, Followed]:
+    """Move to the (smoothed) value `y` of the signal and correct the budget by what the fleet drew since the last step.
+
+    `measured_w` is the fleet's mean draw since the last step (None: not known, no correction), `occupied_w` its
+    charge in force plus the reserve, `needed_w` the least budget it can be held to; W at node level. The budget is at
+    most the ceiling, and above it only where `needed_w` is, with a warning.
+    """
+    asked_w = following.target_w(y)
+    target_w, warning = asked_w, None
+    if asked_w > following.ceiling_w:
+        target_w = following.ceiling_w
+        warning = f"the signal asks for {asked_w:.0f} W, over the ceiling of {target_w:g} W: held at that"
+    if following.ceiling_w < needed_w:
+        target_w, warning = at_least(following.ceiling_w, needed_w, "the ceiling of the followed signal")
+    elif target_w < needed_w:
+        target_w, warning = at_least(target_w, needed_w, "the signal")
+
+    least_w, most_w = needed_w, max(following.ceiling_w, needed_w)
+    trim_w, note = _trimmed(state, following, now_s, measured_w, occupied_w, least_w, most_w)
+    limit_w = following.trim_limit * target_w
+    trim_w = min(max(trim_w, -limit_w), limit_w)
+    budget_w = min(max(target_w + trim_w, least_w), most_w)
+    reason = f"signal {y:+.2f}: target {target_w:.0f} W, budget {budget_w:.0f} W ({note})"
+    if warning is not None:
+        reason = f"{reason}; {warning}"
+    after = FollowState(trim_w, now_s, target_w, budget_w)
+    return after, Followed(target_w, budget_w, reason, warning)
+
+
+def _trimmed(
+    state: FollowState,
+    following: Following,
+    now_s: float,
+    measured_w: float | None,
+    occupied_w: float,
+    least_w: float,
+    most_w: float,
+) -> tuple[float, str]:
+    """The correction after what was drawn since the last step, against the target of that time.
+
+    Anti-windup: it moves no further against a bound that the budget is at, nor up while the fleet leaves watts unused.
+    """
+    if state.step_s is None or measured_w is None or not math.isfinite(measured_w):
+        return state.trim_w, f"correction {state.trim_w:+.0f} W, nothing measured yet"
+    # A clock that jumped, or a manager that was away, counts for one whole correction at most, and never backwards.
+    elapsed_s = min(max(now_s - state.step_s, 0.0), following.integral_s)
+    gap_w = state.target_w - measured_w
+    held = None
+    if gap_w > 0 and state.budget_w >= most_w:
+        held = "held: the budget is at its ceiling"
+    elif gap_w > 0 and occupied_w < (1.0 - UNUSED_SHARE) * state.budget_w:
+        held = f"held: the fleet uses {occupied_w:.0f} W and wants no more"
+    elif gap_w < 0 and state.budget_w <= least_w:
+        held = "held: every cap is at its lowest"
+    if held is not None:
+        return state.trim_w, f"correction {state.trim_w:+.0f} W, {held}"
+    trim_w = state.trim_w + gap_w * elapsed_s / following.integral_s
+    return trim_w, f"correction {trim_w:+.0f} W after a draw of {measured_w:.0f} W against {state.target_w:.0f} W"

@@ -1,0 +1,236 @@
+"""The ledger's books: what every GPU may have in force, and the sums per domain, kept up to date by differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from pals_ray.control.ledger.charge import EPS_W, ChargeTerms, group_terms
+from pals_ray.control.messages import LedgerError, ManagedGpu, NodeInfo, ParkOrder
+from pals_ray.control.snapshot import Domain
+from pals_ray.types import Grant
+
+#: Drivers may round a limit: two limits this near one another are the same, W. What is charged is what was read.
+SAME_LIMIT_W = 0.5
+
+
+def readings_w(limits_w: Mapping[str, float]) -> dict[str, float]:
+    """The limits that were really read: what is no positive number of watts counts as not read."""
+    return {uuid: limit_w for uuid, limit_w in limits_w.items() if math.isfinite(limit_w) and limit_w > 0.0}
+
+
+@dataclass(slots=True, eq=False)
+class Gpu:
+    """One managed GPU. `limit_w` bounds the limit in force, the orders to its present owner aside."""
+
+    info: ManagedGpu
+    limit_w: float
+    owner: str | None = None
+    park_seq: int = 0
+    parked: bool = False
+
+    def occupied_w(self, limit_w: float) -> float:
+        """GPU watts that a limit occupies: the clock floor's draw where that is higher."""
+        return max(limit_w, self.info.floor_w)
+
+    @property
+    def least_w(self) -> float:
+        """GPU watts that it can be brought to."""
+        return self.occupied_w(self.info.min_limit_w if self.info.may_set else self.limit_w)
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One replica. `orders` are (seq, cap) that its agent may still act on, the present one last, caps falling."""
+
+    replica_id: str
+    node: Node
+    num_gpus: int
+    terms: ChargeTerms
+    grant: Grant
+    gpus: tuple[Gpu, ...] = ()
+    orders: list[tuple[int, float]] = field(default_factory=list)
+    session: int = 0
+    number: int = 0
+    heard_s: float = -math.inf
+    confirmed: bool = False
+    waiting_since_s: float | None = None
+    reserved_w: float = 0.0
+
+    @property
+    def cap_w(self) -> float:
+        """The cap of the present grant, W."""
+        return self.terms.cap_w(self.grant.charge_w)
+
+    @property
+    def may_set(self) -> bool:
+        """Whether the limits of all its GPUs may be set."""
+        return all(gpu.info.may_set for gpu in self.gpus)
+
+    def answers(self, now_s: float, silent_s: float) -> bool:
+        """Whether its agent has spoken to this manager within `silent_s`."""
+        return self.session != 0 and now_s - self.heard_s <= silent_s
+
+    def bound_w(self, gpu: Gpu) -> float:
+        """The highest limit that `gpu` has or that an order still out may give it, W."""
+        if not gpu.info.may_set or not self.orders:
+            return gpu.limit_w
+        return max(gpu.limit_w, self.orders[0][1])
+
+    def charge_w(self, limits_w: Iterable[float]) -> float:
+        """Charge with its GPUs at these limits, W."""
+        gpu_w = sum(gpu.occupied_w(limit_w) for gpu, limit_w in zip(self.gpus, limits_w, strict=True))
+        return self.terms.overhead.charge_w(gpu_w, len(self.gpus), self.terms.node_gpus)
+
+    def add_order(self, seq: int, cap_w: float) -> None:
+        """Remember an order. Older ones with a lower cap need no memory: they are superseded before this one is."""
+        while self.orders and self.orders[-1][1] <= cap_w:
+            self.orders.pop()
+        self.orders.append((seq, cap_w))
+
+    def add_oldest_order(self, cap_w: float) -> None:
+        """Remember a cap of an earlier manager's grant: superseded by any order of this one."""
+        if cap_w > (self.orders[0][1] if self.orders else 0.0):
+            self.orders.insert(0, (0, cap_w))
+
+    def obeyed(self, seq: int) -> None:
+        """Forget the orders that an agent which obeyed `seq` will never act on again."""
+        self.orders = [order for order in self.orders if order[0] >= seq]
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One node. `chain` are the domains that it counts in, innermost first, the fleet (None) last.
+
+    `joined` once there was room for its parked charge and its GPUs were confirmed parked. `parked_w` is what its free
+    GPUs are charged, `acked_seq` the last park order that was carried out, `unparked_since_s` when a free GPU was
+    first not confirmed at its lowest limit.
+    """
+
+    info: NodeInfo
+    chain: tuple[str | None, ...]
+    gpus: dict[str, Gpu]
+    replicas: dict[str, Replica] = field(default_factory=dict)
+    joined: bool = False
+    lost: bool = False
+    park: ParkOrder | None = None
+    acked_seq: int = 0
+    unparked_since_s: float | None = None
+    parked_w: float = 0.0
+
+    @property
+    def free(self) -> list[Gpu]:
+        """GPUs that no replica holds."""
+        return [gpu for gpu in self.gpus.values() if gpu.owner is None]
+
+    def group_w(self, gpu_w: float, count: int) -> float:
+        """Charge of `count` of its GPUs that occupy `gpu_w` together, W."""
+        return self.info.overhead.charge_w(gpu_w, count, len(self.gpus)) if count else 0.0
+
+    def parked_least_w(self) -> float:
+        """What its free GPUs will be charged once parked, W."""
+        free = self.free
+        return self.group_w(sum(gpu.least_w for gpu in free), len(free))
+
+    def terms_for(self, gpus: Iterable[Gpu]) -> ChargeTerms:
+        """Terms of a group of its GPUs."""
+        infos = [gpu.info for gpu in gpus]
+        ranges_w = tuple((info.min_limit_w, info.max_limit_w) for info in infos)
+        return group_terms(self.info.overhead, len(self.gpus), ranges_w, tuple(float(info.floor_w) for info in infos))
+
+
+class Accounts:
+    """Nodes, replicas and running sums of all that is reserved, by domain (None: the whole fleet), W.
+
+    `unsaved` is set by whatever the next manager must know before it takes effect; `next_seq` orders all that is sent.
+    """
+
+    def __init__(self, budget_w: float, domains: Iterable[Domain]) -> None:
+        self.unsaved = False
+        self._seq = 0
+        self.nodes: dict[str, Node] = {}
+        self.replicas: dict[str, Replica] = {}
+        self.domains: dict[str, Domain] = {domain.name: domain for domain in domains}
+        self.budgets_w: dict[str | None, float] = {domain.name: domain.budget_w for domain in self.domains.values()}
+        self.budgets_w[None] = budget_w
+        self.reserved_w: dict[str | None, float] = dict.fromkeys(self.budgets_w, 0.0)
+        chains = {name: self.chain(name) for name in self.domains}
+        #: Innermost first: every domain comes before its parents, the fleet last.
+        self.inner_first: tuple[str | None, ...] = (*sorted(chains, key=lambda name: -len(chains[name])), None)
+
+    def chain(self, domain: str | None) -> tuple[str | None, ...]:
+        """The domains that count what happens in `domain`, innermost first, the fleet (None) last."""
+        names: list[str | None] = []
+        while domain is not None:
+            if domain not in self.domains:
+                raise LedgerError(f"no domain {domain!r} is configured; there are: {sorted(self.domains) or 'none'}")
+            if domain in names:
+                raise LedgerError(f"domain {domain!r} is its own parent: {' < '.join(map(str, names))}")
+            names.append(domain)
+            domain = self.domains[domain].parent
+        return (*names, None)
+
+    def insert_node(self, info: NodeInfo, limits_w: Mapping[str, float]) -> Node:
+        """Open a node's books with all GPUs free at `limits_w`."""
+        gpus = {gpu.uuid: Gpu(info=gpu, limit_w=limits_w[gpu.uuid]) for gpu in info.gpus}
+        node = Node(info=info, chain=self.chain(info.domain), gpus=gpus)
+        self.nodes[info.node_id] = node
+        self.recharge_parked(node)
+        return node
+
+    def remove_node(self, node: Node) -> None:
+        """Close a node's books: nothing of it is charged any more."""
+        for replica in list(node.replicas.values()):
+            self.remove_replica(replica)
+        self._book(node, -node.parked_w)
+        del self.nodes[node.info.node_id]
+
+    def remove_replica(self, replica: Replica) -> None:
+        """Free a replica's GPUs at the highest limit that they may have by now."""
+        for gpu in replica.gpus:
+            gpu.limit_w, gpu.owner, gpu.parked = replica.bound_w(gpu), None, False
+        self._book(replica.node, -replica.reserved_w)
+        del replica.node.replicas[replica.replica_id], self.replicas[replica.replica_id]
+        self.recharge_parked(replica.node)
+
+    def recharge(self, replica: Replica) -> None:
+        """Bring the sums up to date after a change to a replica's orders or limits."""
+        reserved_w = replica.charge_w(replica.bound_w(gpu) for gpu in replica.gpus) if replica.gpus else 0.0
+        self._book(replica.node, reserved_w - replica.reserved_w)
+        replica.reserved_w = reserved_w
+
+    def recharge_parked(self, node: Node) -> None:
+        """Bring the sums up to date after a change to a node's free GPUs."""
+        free = node.free
+        parked_w = node.group_w(sum(gpu.occupied_w(gpu.limit_w) for gpu in free), len(free))
+        self._book(node, parked_w - node.parked_w)
+        node.parked_w = parked_w
+
+    def resum(self) -> None:
+        """Sum all anew, so that rounding errors of the differences never add up."""
+        parts: dict[str | None, list[float]] = {name: [] for name in self.budgets_w}
+        for node in self.nodes.values():
+            own_w = math.fsum((node.parked_w, *(replica.reserved_w for replica in node.replicas.values())))
+            for name in node.chain:
+                parts[name].append(own_w)
+        self.reserved_w = {name: math.fsum(values) for name, values in parts.items()}
+
+    def next_seq(self) -> int:
+        """The number of the next order."""
+        self._seq += 1
+        return self._seq
+
+    def room_w(self, node: Node) -> float:
+        """Watts that may still be handed out on a node: the least room of its domains; negative when over, W."""
+        return min(self.budgets_w[name] - self.reserved_w[name] for name in node.chain)
+
+    def over(self) -> Iterator[tuple[str | None, float]]:
+        """The domains (None: the fleet) that are over their budget, and by how many W."""
+        for name, budget_w in self.budgets_w.items():
+            if self.reserved_w[name] > budget_w + EPS_W:
+                yield name, self.reserved_w[name] - budget_w
+
+    def _book(self, node: Node, difference_w: float) -> None:
+        for name in node.chain:
+            self.reserved_w[name] += difference_w

@@ -1,0 +1,187 @@
+"""The replica's controller: one operating point inside the grant, every beat, with its reason.
+
+Pure. The agent keeps the state and passes in its own monotonic clock; each beat, once the lease says what is allowed:
+
+    ceiling, word = ceiling_w(lease, terms)                     # control.ledger.lease; None: leave limits as they are
+    decision = decide(state, Situation(now_s=now_s, ceiling_w=ceiling, in_force_w=min(limits_w.values()), terms=terms,
+                                       max_batch=spec.max_batch, target=part_of_target, telemetry=window.summary(),
+                                       model=corrected_model, pin_cap_w=grant.pin_cap_w,
+                                       pin_batch_limit=grant.pin_batch_limit), config)
+    state = decision.state
+    ...set decision.point.cap_w on every GPU, read it back, order decision.point.batch_limit; report decision.reason
+
+`Situation` and the rest are in `controller_state`. `part_of_target` is the model's target with this replica's part of
+its tokens/s. A grant that comes between two beats is obeyed by calling `decide` again at once: a ceiling below the
+present cap is always obeyed in the same decision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from pals_ray.control.ledger.charge import ChargeTerms
+from pals_ray.control.replica.batch_sizes import snap
+from pals_ray.control.replica.candidates import EPS, ask_points, cap_axis_w, points
+from pals_ray.control.replica.controller_state import (
+    ControllerConfig,
+    ControllerState,
+    Decision,
+    Outcome,
+    Situation,
+)
+from pals_ray.control.replica.demand_feedback import with_feedback
+from pals_ray.control.replica.hysteresis import heed_kv, move, paced_limit, with_hysteresis
+from pals_ray.control.replica.latency_feedback import within_reach
+from pals_ray.types import Expected, OperatingPoint, Target
+
+
+def decide(state: ControllerState, seen: Situation, config: ControllerConfig | None = None) -> Decision:
+    """Choose the operating point: the cap in [lowest limit, ceiling], the batch limit a graph size up to the start
+    value. A ceiling below the present cap is obeyed at once."""
+    config = config if config is not None else ControllerConfig()
+    state, dt_s = _at(state, seen, config)
+    present_w = seen.ceiling_w if state.point is None else state.point.cap_w
+    if seen.in_force_w is not None:
+        present_w = min(present_w, seen.in_force_w)
+    cut = present_w > seen.ceiling_w + EPS
+    if cut:
+        state = replace(state, shed_s=seen.now_s)
+    state = heed_kv(state, seen, config)
+    batch = state.point.batch_limit if state.point else seen.max_batch
+    if seen.model is None:
+        limit = seen.max_batch if seen.pin_batch_limit is None else seen.pin_batch_limit
+        point = OperatingPoint(seen.ceiling_w, snap(min(limit, state.kv_limit or limit), seen.max_batch))
+        return _decision(state, seen, point, "no model yet: as much as the grant allows", None)
+
+    axis = cap_axis_w(seen.terms.min_limit_w, seen.ceiling_w, seen.terms.max_limit_w, present_w)
+    here = int(np.searchsorted(axis, min(max(present_w, axis[0]), seen.ceiling_w)))
+    raw = ask_points(seen.model, axis, seen.max_batch)
+    state, on, demand, wanted = with_feedback(state, seen, config, raw, here, dt_s)
+    found = points(
+        on,
+        demand,
+        wanted,
+        _inside(seen.target, config.inside) if demand > 0 else Target(),
+        most_batch=float(state.kv_limit or seen.max_batch),
+        pin_batch_limit=seen.pin_batch_limit,
+        fall=config.fall,
+        likely=demand * state.made_share,
+        slowest_itl_s=_slowest_itl_s(seen, wanted, state.itl.factor),
+        now_running=seen.telemetry.running,
+    )
+    best = with_hysteresis(found, here, found.best(), wanted * (1.0 + config.hysteresis))
+    if seen.pin_cap_w is not None:
+        chosen, why = len(axis) - 1, "the grant pins the cap"
+    elif cut:
+        chosen, why = here, "the ceiling fell: cap first, at once"
+    elif state.point is None:
+        chosen, why = best, "first point"
+    else:
+        chosen, why = move(state, seen, config, found, here, best)
+    limit = int(found.batch_limit[max(chosen, best)])
+    if state.point is not None and seen.pin_batch_limit is None:
+        # To shed power the cap goes first: it acts in milliseconds, where a batch drains over seconds.
+        limit = batch if cut else paced_limit(state, seen, config, batch, limit)
+    expected = Expected(
+        demand_tokens_per_s=demand,
+        wanted_tokens_per_s=wanted,
+        capacity_tokens_per_s=float(found.capacity_tokens_per_s[chosen]),
+        served_share=float(found.score[chosen]),
+        running=float(found.running[chosen]),
+        node_w=_node_w(seen.terms, float(found.power_w[chosen])),
+        itl_p99_s=float(found.itl_p99_s[chosen]),
+        ttft_p99_s=float(found.ttft_p99_s[chosen]),
+    )
+    point = OperatingPoint(float(axis[chosen]), snap(limit, seen.max_batch))
+    state = replace(
+        state,
+        itl=within_reach(state.itl, seen.target.itl_p99_s, float(found.itl_p99_s[-1])),
+        ttft=within_reach(state.ttft, seen.target.ttft_p99_s, float(found.ttft_p99_s[-1])),
+    )
+    return _decision(state, seen, point, _told(seen, point, expected, why), expected)
+
+
+def _at(state: ControllerState, seen: Situation, config: ControllerConfig) -> tuple[ControllerState, float]:
+    """The state at this instant, and the time step, s. A clock that went back makes all waiting begin anew."""
+    now_s = seen.now_s
+    if state.point is None or now_s < state.last_s:
+        state = replace(
+            state,
+            cap_changed_s=now_s,
+            batch_changed_s=now_s,
+            kv_changed_s=now_s,
+            queue_since_s=None,
+            pid=replace(state.pid, beyond_since_s=None),
+            shed_s=None if state.shed_s is None else now_s,
+            rose_s=None,
+            last_s=now_s,
+        )
+    dt_s = min(now_s - state.last_s, config.most_step_s)
+    since_s = (state.queue_since_s if state.queue_since_s is not None else now_s) if seen.telemetry.waiting else None
+    return replace(state, last_s=now_s, queue_since_s=since_s), dt_s
+
+
+def _inside(target: Target, share: float) -> Target:
+    """The limits to plan for: a little inside those of the target."""
+    ttft_s, itl_s = target.ttft_p99_s, target.itl_p99_s
+    return replace(
+        target,
+        ttft_p99_s=None if ttft_s is None else share * ttft_s,
+        itl_p99_s=None if itl_s is None else share * itl_s,
+    )
+
+
+def _slowest_itl_s(seen: Situation, wanted: float, factor: float) -> float:
+    """The p99 ITL that a cap may cost where all demand is to be served and no limit is given: that of a full batch at
+    the highest cap, which the engine was started for.
+
+    Clients that wait for an answer before they ask again take all slowness for less demand: without this each cut of
+    the cap would call for the next. `factor` is the feedback on the model's ITL.
+    """
+    target = seen.target
+    targeted = target.throughput_tokens_per_s is not None and wanted >= target.throughput_tokens_per_s
+    if target.itl_p99_s is not None or targeted or wanted == 0.0 or seen.model is None:
+        return np.inf
+    return factor * float(seen.model.predict(seen.terms.max_limit_w, seen.max_batch).itl_p99_s)
+
+
+def _decision(
+    state: ControllerState, seen: Situation, point: OperatingPoint, reason: str, expected: Expected | None
+) -> Decision:
+    before, telemetry = state.expected, seen.telemetry
+    outcome = Outcome(
+        expected=before,
+        throughput_tokens_per_s=telemetry.throughput_tokens_per_s,
+        node_w=_node_w(seen.terms, telemetry.power_w),
+        throughput_error=state.pid.error,
+    )
+    was = state.point
+    state = replace(
+        state,
+        point=point,
+        expected=expected,
+        cap_changed_s=state.cap_changed_s if was and was.cap_w == point.cap_w else seen.now_s,
+        batch_changed_s=state.batch_changed_s if was and was.batch_limit == point.batch_limit else seen.now_s,
+    )
+    return Decision(point, reason, expected, outcome, state)
+
+
+def _told(seen: Situation, point: OperatingPoint, expected: Expected, why: str) -> str:
+    """The reason as an operator reads it."""
+    cap = "lowest cap" if point.cap_w <= seen.terms.min_limit_w else f"cap {point.cap_w:.0f} W"
+    if expected.demand_tokens_per_s == 0.0:
+        return f"{cap}, batch {point.batch_limit}: no demand; {why}"
+    limited = seen.target.itl_p99_s is not None or seen.target.ttft_p99_s is not None
+    within = "within the limits" if limited else "as fast as at full load"
+    short = "" if expected.served_share >= 1.0 - EPS else f" ({expected.served_share:.0%} of it {within})"
+    ceiling = ", the ceiling" if point.cap_w >= seen.ceiling_w else ""
+    return (
+        f"{cap}{ceiling}, batch {point.batch_limit}: {expected.wanted_tokens_per_s:.4g} tokens/s wanted{short} with "
+        f"about {expected.running:.0f} running, {expected.node_w:.0f} W at the node; {why}"
+    )
+
+
+def _node_w(terms: ChargeTerms, gpu_w: float) -> float:
+    return terms.overhead.charge_w(gpu_w, terms.num_gpus, terms.node_gpus)

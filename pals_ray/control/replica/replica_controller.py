@@ -1,0 +1,137 @@
+"""One replica's operating point: the controller with all that it decides on, and what telemetry says of its model."""
+
+from __future__ import annotations
+
+from pals_ray.control.ledger.charge import ChargeTerms
+from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
+from pals_ray.control.replica.latency_feedback import TailFactors
+from pals_ray.control.replica.operating_point import decide
+from pals_ray.control.telemetry import LATENCY_S, RATE_S, TelemetryWindow
+from pals_ray.models.correction import CorrectedModel, Correction, Observation
+from pals_ray.models.power_model import PowerModel
+from pals_ray.types import Expected, Grant, OperatingPoint, ReplicaTelemetry, Target
+
+
+class Pilot:
+    """Knows no devices and no clock; times are s of the agent's monotonic clock.
+
+    `largest_prompt` is the TTFT of the largest prompt expected relative to that of the model's workload. `serving` is
+    how many replicas the model has.
+    """
+
+    def __init__(self, num_gpus: int, largest_prompt: float = 1.0, config: ControllerConfig | None = None) -> None:
+        self.correction = Correction()
+        self.target = Target()
+        self.serving = 1
+        self._num_gpus = num_gpus
+        self._largest_prompt = largest_prompt
+        self._config = config
+        self._model: PowerModel | None = None
+        self._source = ""
+        self._state = ControllerState()
+        self._looked_s: float | None = None
+        self._arriving_tokens_per_s = 0.0
+
+    def take_model(self, model: PowerModel | None, source: str) -> None:
+        """Predict by this model from now on (None: by none), and forget what was learnt of one from another source."""
+        if source != self._source:
+            self.correction = Correction()
+        self._model, self._source = model, source
+
+    @property
+    def recent_s(self) -> float:
+        """Over what the latencies that feedback answers to are to be taken, s.
+
+        An interval is judged over all replicas of a model. So many fewer requests end in one of them: their p99 over as
+        short a time would be that of a single late one.
+        """
+        return min(RATE_S * self.serving, LATENCY_S)
+
+    @property
+    def expected(self) -> Expected | None:
+        """The prediction behind the point in force; None without a model."""
+        return self._state.expected
+
+    @property
+    def demand_tokens_per_s(self) -> float | None:
+        """What arrives, as far as telemetry shows; None before anything is known.
+
+        What is served and what runs tell of it at once, but a replica that its cap holds down makes less of either.
+        """
+        seen = self._state.demand_tokens_per_s
+        return max(seen, self._arriving_tokens_per_s) if seen else seen
+
+    @property
+    def tails(self) -> TailFactors:
+        """What the controller multiplies predicted p99 latencies with."""
+        state, config = self._state, self._config or ControllerConfig()
+        return TailFactors(state.itl.factor / config.inside, state.ttft.factor * self._largest_prompt / config.inside)
+
+    def natural_draw_w(self, window: TelemetryWindow, seen: ReplicaTelemetry, max_limit_w: float) -> float | None:
+        """GPU watts of the group at its present batch if nothing capped it, and never below the recent p95.
+
+        Measured while no cap binds, else as the model predicts it; None where there is none.
+        """
+        uncapped_w = seen.power_w
+        if seen.binding_share > 0.0:
+            model = self._corrected()
+            if model is None:
+                return None
+            uncapped_w = max(float(model.predict(max_limit_w, max(seen.running, 1)).power_w), uncapped_w)
+        return max(uncapped_w, window.power_p95_w())
+
+    def look(self, now_s: float, seen: ReplicaTelemetry) -> None:
+        """Learn from what the replica does at a point that it has held for as long as its telemetry reaches back."""
+        before_s, self._looked_s = self._looked_s, now_s
+        self._arriving_tokens_per_s = seen.arriving_tokens_per_s
+        state, point = self._state, self._state.point
+        if self._model is None or point is None or before_s is None:
+            return
+        if now_s - max(state.cap_changed_s, state.batch_changed_s) < RATE_S:
+            return
+        observation = Observation(
+            cap_w=point.cap_w,
+            batch_limit=point.batch_limit,
+            running=seen.running_mean,
+            waiting=seen.waiting,
+            idled=seen.running_least == 0,
+            throughput_tokens_per_s=seen.throughput_tokens_per_s,
+            power_w=seen.power_w,
+            binding_share=seen.binding_share,
+            interval_s=now_s - before_s,
+        )
+        self.correction, _ = self.correction.updated(self._model, observation)
+
+    def choose(
+        self,
+        now_s: float,
+        ceiling_w: float,
+        in_force_w: float,
+        terms: ChargeTerms,
+        max_batch: int,
+        grant: Grant,
+        seen: ReplicaTelemetry,
+        *,
+        may_cap: bool = True,
+    ) -> tuple[OperatingPoint, str]:
+        """The point to order now, never above `ceiling_w`, and why. `may_cap` False: the limits in force are given."""
+        situation = Situation(
+            now_s=now_s,
+            ceiling_w=ceiling_w if may_cap else in_force_w,
+            in_force_w=in_force_w,
+            terms=terms,
+            max_batch=max_batch,
+            target=self.target,
+            telemetry=seen,
+            model=self._corrected(),
+            pin_cap_w=grant.pin_cap_w if may_cap else in_force_w,
+            pin_batch_limit=grant.pin_batch_limit,
+            largest_prompt=self._largest_prompt,
+            recent_s=self.recent_s,
+        )
+        decision = decide(self._state, situation, self._config)
+        self._state = decision.state
+        return decision.point, decision.reason
+
+    def _corrected(self) -> CorrectedModel | None:
+        return None if self._model is None else CorrectedModel(self._model, self.correction, self._num_gpus)

@@ -1,0 +1,238 @@
+"""Fitting the form to measurements: maximum a posteriori, with a smooth residual and its uncertainty.
+
+logs of throughput and draw = physical form(theta) + Gaussian process + noise. The natural draw may also deviate
+smoothly with the batch inside the form, so that a cap acts on what the data show, not on a sigmoid. Unknowns are found
+by least squares whitened by the residual's covariance; a measurement far from what all the others say loses weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.optimize import least_squares
+
+from pals_ray.models.fitting.form import Form, Shape
+from pals_ray.models.fitting.sample_checks import SampleTable
+from pals_ray.models.fitting.smooth import gaussian, matern52
+from pals_ray.models.power_model import FloatArray
+from pals_ray.models.specs import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """How far measurements may lie from the form, as shares (std of logs), and over which distances.
+
+    Lengths are octaves of batch, and e-foldings of the cap's depth. Generic, of the order that repeated runs of
+    the same job show in Zeus's files (noise) and that different networks show there (deviations).
+    """
+
+    throughput_noise: float = 0.015
+    power_noise: float = 0.010
+    throughput_by_batch: float = 0.15
+    throughput_by_cap: float = 0.10
+    power_by_cap: float = 0.02
+    draw_by_batch: float = 0.18
+    batch_length: float = 4.0
+    depth_length: float = 0.7
+
+
+_PASSES = 3
+_MAX_EVALUATIONS = 30
+# A residual beyond this many standard deviations of what all other rows predict is taken for a bad sample. Throughput
+# has true bends that no other row foretells (a kernel or a graph size that changes), power hardly.
+_THROUGHPUT_OUTLIER_STDS = 6.5
+_POWER_OUTLIER_STDS = 4.0
+# Where rows miss each other by more than the scales allow, uncertainty grows by as much, up to this factor.
+_EXCESS_LIMIT = 4.0
+# How far the same job lies from itself in another run: Zeus's optimizers differ by 2.3 % and 1.3 % on average.
+_RUN_TO_RUN_STDS = (0.029, 0.016)
+# A parameter whose uncertainty the data reduced by less than this share stays undetermined.
+_DETERMINED_SHARE = 0.9
+_DERIVATIVE_STEP = 1e-4
+
+
+class Posterior:
+    """The form fitted to a table: means, standard deviations and joint covariance of logs anywhere.
+
+    Throughput is tokens/s of the replica, power one GPU's W. A table of one point is enough for an answer, mostly the
+    prior's: `fit_surface` refuses what determines too little.
+    """
+
+    def __init__(self, table: SampleTable, model: ModelSpec | None = None, scales: Scales | None = None) -> None:
+        self.table = table = table.merged()
+        self.model = model
+        self.scales = scales if scales is not None else Scales()
+        self._count = len(table)
+        self._cap = table.cap_w
+        self._log2 = np.log2(table.batch)
+        power = table.power_w / table.num_gpus
+        self._measured = np.concatenate([np.log(table.throughput_tokens_per_s), np.log(power)])
+        low, high = float(self._log2.min()), float(self._log2.max())
+        self.form = Form(
+            (low + high) / 2.0,
+            (high - low) / 2.0,
+            float(np.log(table.throughput_tokens_per_s.max())),
+            float(np.log(power.max())),
+            1.0 - model.active_experts / model.experts if model is not None and model.is_moe else None,
+        )
+        self._parameters = self.form.parameters()
+        self._knots = np.unique(self._log2)
+        self._knot_factor = self._knot_cholesky()
+        self._own = len(self._parameters)
+        self._mean = np.concatenate([[p.mean for p in self._parameters], np.zeros(len(self._knots))])
+        self._std = np.concatenate([[p.std for p in self._parameters], np.ones(len(self._knots))])
+        self._solve()
+
+    # -- the form with its smooth draw
+
+    def _knot_cholesky(self) -> FloatArray:
+        s = self.scales
+        covariance = matern52(self._knots, self._knots, s.batch_length) + 1e-6 * np.eye(len(self._knots))
+        return np.asarray(cholesky(s.draw_by_batch**2 * covariance, lower=True))
+
+    def _design(self, log2_batch: FloatArray) -> FloatArray:
+        """How the whitened draw deviations at the knots act at these batches."""
+        s = self.scales
+        across = s.draw_by_batch**2 * matern52(log2_batch, self._knots, s.batch_length)
+        return np.asarray(solve_triangular(self._knot_factor, across.T, lower=True).T)
+
+    def _shape(self, theta: FloatArray, cap: FloatArray, log2_batch: FloatArray, design: FloatArray) -> Shape:
+        return self.form.evaluate(theta[: self._own], cap, log2_batch, design @ theta[self._own :])
+
+    def _logs(self, theta: FloatArray, cap: FloatArray, log2_batch: FloatArray, design: FloatArray) -> FloatArray:
+        shape = self._shape(theta, cap, log2_batch, design)
+        return np.concatenate([shape.log_throughput, shape.log_power])
+
+    def _kernel(self, depth: FloatArray, log2_batch: FloatArray, depth_b: FloatArray, log2_b: FloatArray) -> FloatArray:
+        """Covariance of the residuals of (log throughput, log power) between two lists of points."""
+        s = self.scales
+        batch = matern52(log2_batch, log2_b, s.batch_length)
+        both = batch * gaussian(depth, depth_b, s.depth_length)
+        n, m = both.shape
+        out = np.zeros((2 * n, 2 * m))
+        out[:n, :m] = s.throughput_by_batch**2 * batch + s.throughput_by_cap**2 * both
+        out[n:, m:] = s.power_by_cap**2 * both
+        return out
+
+    # -- the fit
+
+    def _solve(self) -> None:
+        s, n = self.scales, self._count
+        theta = self._mean.copy()
+        noise = np.concatenate([np.full(n, s.throughput_noise), np.full(n, s.power_noise)])
+        inflation = np.ones(2 * n)
+        limit = np.concatenate([np.full(n, _THROUGHPUT_OUTLIER_STDS), np.full(n, _POWER_OUTLIER_STDS)])
+        design = self._design(self._log2)
+        for last in [False] * (_PASSES - 1) + [True]:
+            depth = self._shape(theta, self._cap, self._log2, design).log_depth
+            covariance = self._kernel(depth, self._log2, depth, self._log2)
+            covariance[np.diag_indices(2 * n)] += (noise * inflation) ** 2
+            factor = np.asarray(cholesky(covariance, lower=True))
+
+            def residuals(t: FloatArray, factor: FloatArray = factor) -> FloatArray:
+                gap = self._measured - self._logs(t, self._cap, self._log2, design)
+                return np.concatenate([solve_triangular(factor, gap, lower=True), (t - self._mean) / self._std])
+
+            found = least_squares(residuals, theta, x_scale=self._std, max_nfev=_MAX_EVALUATIONS)
+            theta = found.x
+            gap = self._measured - self._logs(theta, self._cap, self._log2, design)
+            weights = np.asarray(cho_solve((factor, True), gap))
+            # Leave-one-out residuals in closed form (Rasmussen and Williams, eq. 5.12), in standard deviations.
+            inverse_diagonal = np.sum(np.asarray(solve_triangular(factor, np.eye(2 * n), lower=True)) ** 2, axis=0)
+            left_out = np.abs(weights) / np.sqrt(inverse_diagonal)
+            if not last:
+                inflation = np.maximum(inflation, np.maximum(left_out / limit, 1.0) ** 2)
+        self.theta, self.inflation = theta, inflation
+        self._depth, self._factor, self._weights = depth, factor, weights
+        jacobian = np.asarray(found.jac)
+        self._theta_covariance = np.linalg.inv(jacobian.T @ jacobian)
+        self._slopes = -(factor @ jacobian[: 2 * n])
+        self._excess = tuple(
+            float(np.clip(np.sqrt(np.mean(np.minimum(half, _EXCESS_LIMIT) ** 2)), 1.0, _EXCESS_LIMIT))
+            for half in (left_out[:n], left_out[n:])
+        )
+
+    # -- what it says
+
+    def mean_logs(self, cap_w: ArrayLike, batch: ArrayLike) -> tuple[FloatArray, FloatArray, Shape]:
+        """Mean of log throughput and of log power of one GPU at 1-d points, and the form's shape there."""
+        cap, log2 = np.asarray(cap_w, dtype=np.float64), np.log2(np.asarray(batch, dtype=np.float64))
+        shape = self._shape(self.theta, cap, log2, self._design(log2))
+        logs = np.concatenate([shape.log_throughput, shape.log_power])
+        logs = logs + self._kernel(shape.log_depth, log2, self._depth, self._log2) @ self._weights
+        return logs[: len(cap)], logs[len(cap) :], shape
+
+    def _linear(
+        self, cap: FloatArray, log2: FloatArray
+    ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]:
+        """For the covariance at points: depth, whitened cross-covariance, slopes in theta and in draw, design."""
+        design = self._design(log2)
+        shape = self._shape(self.theta, cap, log2, design)
+        base = np.concatenate([shape.log_throughput, shape.log_power])
+        cross = self._kernel(shape.log_depth, log2, self._depth, self._log2)
+        slopes = np.empty((len(base), len(self.theta)))
+        for i, std in enumerate(self._std):
+            moved = self.theta.copy()
+            moved[i] += _DERIVATIVE_STEP * std
+            slopes[:, i] = (self._logs(moved, cap, log2, design) - base) / (_DERIVATIVE_STEP * std)
+        slopes -= cross @ cho_solve((self._factor, True), self._slopes)
+        offset = design @ self.theta[self._own :] + _DERIVATIVE_STEP
+        moved_shape = self.form.evaluate(self.theta[: self._own], cap, log2, offset)
+        by_draw = (np.concatenate([moved_shape.log_throughput, moved_shape.log_power]) - base) / _DERIVATIVE_STEP
+        whitened = np.asarray(solve_triangular(self._factor, cross.T, lower=True))
+        return shape.log_depth, whitened, slopes, by_draw, design
+
+    def std_logs(self, cap_w: ArrayLike, batch: ArrayLike) -> tuple[FloatArray, FloatArray]:
+        """Standard deviation of log throughput and log power at 1-d points (of the mean, without noise)."""
+        cap, log2 = np.asarray(cap_w, dtype=np.float64), np.log2(np.asarray(batch, dtype=np.float64))
+        s, m = self.scales, len(cap)
+        _, whitened, slopes, by_draw, design = self._linear(cap, log2)
+        prior = np.concatenate(
+            [np.full(m, s.throughput_by_batch**2 + s.throughput_by_cap**2), np.full(m, s.power_by_cap**2)]
+        )
+        variance = prior - np.sum(whitened**2, axis=0)
+        variance += np.einsum("ij,jk,ik->i", slopes, self._theta_covariance, slopes, optimize=True)
+        draw_left = np.maximum(s.draw_by_batch**2 - np.sum(design**2, axis=1), 0.0)
+        variance += by_draw**2 * np.concatenate([draw_left, draw_left])
+        std = np.sqrt(np.maximum(variance, 0.0))
+        return std[:m], std[m:]
+
+    def predictive_std_logs(self, cap_w: ArrayLike, batch: ArrayLike) -> tuple[FloatArray, FloatArray]:
+        """Standard deviation of a new measurement's logs: of the mean and noise, widened as rows miss each other."""
+        throughput, power = self.std_logs(cap_w, batch)
+        return (
+            self._excess[0] * np.hypot(throughput, _RUN_TO_RUN_STDS[0]),
+            self._excess[1] * np.hypot(power, _RUN_TO_RUN_STDS[1]),
+        )
+
+    def covariance(self, cap_w: FloatArray, batch: FloatArray) -> FloatArray:
+        """Joint covariance of (log throughput, log power) at 1-d points, shape 2m x 2m: throughput first."""
+        s, log2 = self.scales, np.log2(batch)
+        depth, whitened, slopes, by_draw, design = self._linear(cap_w, log2)
+        out = self._kernel(depth, log2, depth, log2) - whitened.T @ whitened
+        out += slopes @ self._theta_covariance @ slopes.T
+        left = s.draw_by_batch**2 * matern52(log2, log2, s.batch_length) - design @ design.T
+        return np.asarray(out + np.outer(by_draw, by_draw) * np.tile(left, (2, 2)))
+
+    def outliers(self) -> tuple[int, ...]:
+        """Rows of the merged table that lost weight because all the others contradict them."""
+        bad = (self.inflation[: self._count] > 1.0) | (self.inflation[self._count :] > 1.0)
+        return tuple(int(i) for i in np.flatnonzero(bad))
+
+    def throughput_believed(self) -> NDArray[np.bool_]:
+        """(n,): rows of the merged table whose throughput is none that all the others contradict."""
+        return self.inflation[: self._count] <= 1.0
+
+    def undetermined(self) -> tuple[str, ...]:
+        """What the data could not determine, in words: parameters that stayed as uncertain as before."""
+        std = np.sqrt(np.diag(self._theta_covariance))[: self._own]
+        return tuple(
+            p.meaning for p, after in zip(self._parameters, std, strict=True) if after > _DETERMINED_SHARE * p.std
+        )
+
+    def values(self) -> dict[str, float]:
+        """The unknowns found, by name, in their unbounded coordinates."""
+        return {p.name: float(v) for p, v in zip(self._parameters, self.theta[: self._own], strict=True)}

@@ -1,0 +1,217 @@
+"""The operator's handle on a running fleet, sync and async."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.utils import read_ray_address
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+
+from pals_ray.config.budget_files import load_schedule, load_signal, parse_schedule
+from pals_ray.config.operator_requests import followed
+from pals_ray.config.policy_path import PolicyInfo, list_policies
+from pals_ray.control.budget.moving_budget import BudgetPlan, ScheduledBudget
+from pals_ray.control.budget.regulation import Signal
+from pals_ray.control.budget.schedule import Schedule
+from pals_ray.errors import PalsError
+from pals_ray.runtime.messages import MANAGER_NAME, NAMESPACE
+from pals_ray.types import BudgetChange, BudgetSource, FleetStatus, Target
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+class NotRunning(PalsError):
+    """There is no Ray cluster to reach, or no pals-ray fleet on it."""
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise our own errors as themselves, not as the RayTaskError with a remote traceback that carries them."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, PalsError):
+            raise error.cause from None
+        raise
+    except (ActorDiedError, ActorUnavailableError) as error:
+        raise NotRunning(
+            "the fleet's manager has just died; Ray restarts it within seconds, so ask again: "
+            f"agents keep their grants meanwhile ({error})"
+        ) from error
+
+
+class Fleet:
+    """A running fleet. `..._async` is the same inside an event loop."""
+
+    @property
+    def _manager(self) -> Any:
+        """Looked up each time: a manager that was killed is another actor afterwards."""
+        try:
+            return ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
+        except ValueError as error:
+            raise NotRunning(
+                "this Ray cluster runs no pals-ray fleet; start one with `serve run deployments:app`"
+            ) from error
+
+    def status(self) -> FleetStatus:
+        """Budget, charge, draw, and each replica's operating point, target and reason."""
+        with own_errors():
+            status: FleetStatus = ray.get(self._manager.status.remote())
+        return status
+
+    async def status_async(self) -> FleetStatus:
+        """`status` for an event loop."""
+        with own_errors():
+            status: FleetStatus = await self._manager.status.remote()
+        return status
+
+    def set_budget(self, budget_w: float) -> BudgetChange:
+        """Set the fleet's budget, W at node level. Returns when every cap is in force.
+
+        Ends a schedule or a followed signal. Raises `InfeasibleBudget` with the watts needed where even the lowest caps
+        draw more; nothing changes then.
+        """
+        with own_errors():
+            change: BudgetChange = ray.get(self._manager.set_budget.remote(budget_w))
+        return change
+
+    async def set_budget_async(self, budget_w: float) -> BudgetChange:
+        """`set_budget` for an event loop."""
+        with own_errors():
+            change: BudgetChange = await self._manager.set_budget.remote(budget_w)
+        return change
+
+    def schedule_budget(self, schedule: Schedule | str | Path | Mapping[str, Any]) -> BudgetSource:
+        """Have a schedule move the budget until the next `set_budget`: a file, or the content of one (docs/budgets.md).
+
+        Returns when what it asks for now is in force. Raises `ConfigError` naming what cannot be used.
+        """
+        return self._move(scheduled(schedule))
+
+    async def schedule_budget_async(self, schedule: Schedule | str | Path | Mapping[str, Any]) -> BudgetSource:
+        """`schedule_budget` for an event loop."""
+        return await self._move_async(scheduled(schedule))
+
+    def follow_signal(
+        self, signal: str | Path | Signal, *, base_w: float, range_w: float, ceiling_w: float
+    ) -> BudgetSource:
+        """Have the fleet's draw follow `base_w + range_w * signal`, W, from now until the next `set_budget`.
+
+        The signal lies in [-1, 1], or names a CSV file of one (docs/budgets.md). The budget never passes the ceiling.
+        Returns when what the signal asks for now is in force. Raises `ConfigError` naming what cannot be used.
+        """
+        return self._move(followed(_read(signal), base_w=base_w, range_w=range_w, ceiling_w=ceiling_w))
+
+    async def follow_signal_async(
+        self, signal: str | Path | Signal, *, base_w: float, range_w: float, ceiling_w: float
+    ) -> BudgetSource:
+        """`follow_signal` for an event loop."""
+        return await self._move_async(followed(_read(signal), base_w=base_w, range_w=range_w, ceiling_w=ceiling_w))
+
+    def set_target(self, model: str, **changes: float | None) -> Target:
+        """Change what is wanted of a model: fields of `Target` by name, None for no limit; the rest stays as it is.
+
+        Returns the whole target. Raises `ConfigError` naming the value, or the models that there are.
+        """
+        with own_errors():
+            target: Target = ray.get(self._manager.set_target.remote(model, changes))
+        return target
+
+    async def set_target_async(self, model: str, **changes: float | None) -> Target:
+        """`set_target` for an event loop."""
+        with own_errors():
+            target: Target = await self._manager.set_target.remote(model, changes)
+        return target
+
+    def policies(self) -> tuple[PolicyInfo, ...]:
+        """Every policy of ours, and the one in use."""
+        return list_policies(self.status().policy)
+
+    async def policies_async(self) -> tuple[PolicyInfo, ...]:
+        """`policies` for an event loop."""
+        return list_policies((await self.status_async()).policy)
+
+    def _move(self, plan: BudgetPlan) -> BudgetSource:
+        with own_errors():
+            source: BudgetSource = ray.get(self._manager.move_budget.remote(plan))
+        return source
+
+    async def _move_async(self, plan: BudgetPlan) -> BudgetSource:
+        with own_errors():
+            source: BudgetSource = await self._manager.move_budget.remote(plan)
+        return source
+
+    def stop(self) -> None:
+        """Delete our Serve applications, wait for their engines, restore every limit and end the manager."""
+        from pals_ray.runtime.stop import stop_fleet  # Ray Serve, which nobody else here needs
+
+        with own_errors():
+            stop_fleet(self._manager)
+
+
+def scheduled(schedule: Schedule | str | Path | Mapping[str, Any]) -> ScheduledBudget:
+    """What the manager is asked to keep to: a schedule's file, or the content of one. Raises `ConfigError`."""
+    if isinstance(schedule, Schedule):
+        return ScheduledBudget(schedule.entries)
+    if isinstance(schedule, str | Path):
+        return ScheduledBudget(load_schedule(schedule).entries)
+    return ScheduledBudget(parse_schedule(dict(schedule), "the schedule").entries)
+
+
+def _read(signal: str | Path | Signal) -> Signal:
+    return signal if isinstance(signal, Signal) else load_signal(signal)
+
+
+def connect(address: str = "auto") -> Fleet:
+    """A handle on the fleet of the Ray cluster at `address` (by default the one this machine belongs to).
+
+    Raises `NotRunning` where there is no cluster or no fleet on it.
+    """
+    if not ray.is_initialized():
+        _refuse_unreachable(address)
+        try:
+            _join(address)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise NotRunning(
+                f"no Ray cluster answers at {address!r} ({error}); start the fleet with `serve run deployments:app`, "
+                "or set RAY_ADDRESS"
+            ) from error
+    return connect_from_actor()
+
+
+def _join(address: str) -> None:
+    def join() -> None:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+
+    try:
+        join()
+    except ConnectionAbortedError:  # a head under load may fail to start Ray's server for this client: once in some 20
+        join()
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Knock before `ray.init` does, which keeps trying an address where nobody listens for minutes."""
+    named = os.environ.get("RAY_ADDRESS") if address == "auto" else address
+    host, _, port = ((read_ray_address() if named in {None, "auto"} else named) or "").rpartition(":")
+    if not host or "//" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise NotRunning(
+            f"no Ray cluster answers at {host}:{port} ({error}); start the fleet with `serve run deployments:app`, or "
+            "set RAY_ADDRESS to a cluster that runs one"
+        ) from error
+
+
+def connect_from_actor() -> Fleet:
+    """The same inside a process that belongs to the cluster already."""
+    fleet = Fleet()
+    _ = fleet._manager
+    return fleet

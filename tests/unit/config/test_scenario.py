@@ -1,0 +1,93 @@
+"""Scenarios: the shipped ones can be used, and one that cannot says what is wrong and what is possible."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from pals_ray.config.fleet import ConfigError
+from pals_ray.config.scenario import SHIPPED, find_scenario, load_scenario
+from pals_ray.config.trace_files import load_trace
+
+NAMES = ("demand_response", "failures", "mixed_fleet", "pals_cluster", "pals_node", "regulation")
+
+
+@pytest.fixture
+def changed(tmp_path):
+    def changed(**changes):
+        content = yaml.safe_load((SHIPPED / "regulation.yaml").read_text())
+        content.update(changes)
+        path = tmp_path / "changed.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return changed
+
+
+def test_the_shipped_scenarios_are_those_of_the_evaluation():
+    assert tuple(sorted(file.stem for file in SHIPPED.glob("*.yaml"))) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_scenario_can_be_used_with_its_sample_trace(name):
+    path = find_scenario(name)
+    scenario = load_scenario(path)
+    assert scenario.name == name
+    assert "static" in scenario.policies
+    assert "pals" in scenario.policies
+    assert len(load_trace(path.parent / scenario.trace.sample, scenario.trace.format)) > 100
+
+
+def test_pals_node_is_the_grid_of_the_paper():
+    scenario = load_scenario(find_scenario("pals_node"))
+    assert len(scenario.fleets) == 16
+    assert {fleet.nodes[0].gpu for fleet in scenario.fleets} == {"A100-SXM", "H100-SXM"}
+    for fleet in scenario.fleets:
+        (node,), (model,) = fleet.nodes, fleet.models
+        assert model.max_batch == 64
+        assert len(node.models) * model.tensor_parallel == node.gpus == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"policies": ["static", "magic"]}, r"policies: unknown policy 'magic'; possible are static"),
+        ({"policies": ["power_only@0"]}, "unknown policy 'power_only@0'"),
+        ({"seeds": [7], "tuning_seeds": [7]}, "overlap"),
+        ({"budget": {"watts": 900, "shares": [0.5]}}, "not both"),
+        ({"budget": {"regulation": {"base_share": 0.9, "range_share": 0.2}}}, "exceed the natural draw"),
+        ({"budget": {"event": {"share": 0.5, "start_s": 10, "end_s": 99999}}}, "end within 3600 s"),
+        ({"load": {"shares": [0.7], "of": "budget"}}, "needs budget.watts"),
+        ({"oracle": True}, "one model each"),
+        ({"failures": [{"kind": "node_death", "at_s": 5}]}, "needs `who`"),
+        ({"surprise": 1}, "surprise: no such key"),
+    ],
+)
+def test_a_scenario_that_cannot_be_used_says_why(changed, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        load_scenario(changed(**changes))
+
+
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        (
+            {"gpu": "A100-SXM", "gpus": 2, "models": ["Qwen3-30B-A3B", "Llama-3.1-8B"]},
+            "2 GPUs, but its replicas need 3",
+        ),
+        ({"gpu": "A1000", "gpus": 4, "models": ["Llama-3.1-8B"]}, "unknown GPU 'A1000'"),
+        ({"gpu": "A100-SXM", "gpus": 4, "models": ["Mixtral-8x7B"]}, "not among the fleet's models"),
+        ({"gpu": "A100-SXM", "gpus": 4, "models": ["Llama-3.1-8B"]}, "Qwen3-30B-A3B has no replica"),
+    ],
+)
+def test_replicas_that_do_not_fit_are_refused(changed, node, said):
+    fleet = yaml.safe_load((SHIPPED / "regulation.yaml").read_text())["fleets"][0]
+    with pytest.raises(ConfigError, match=said):
+        load_scenario(changed(fleets=[{**fleet, "nodes": [node]}]))
+
+
+def test_an_unknown_name_lists_the_shipped_scenarios():
+    with pytest.raises(
+        ConfigError, match="demand_response, failures, mixed_fleet, pals_cluster, pals_node, regulation"
+    ):
+        find_scenario("pals_nod")

@@ -1,0 +1,155 @@
+"""The silicon's physics: steps, draw, caps, settling."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pals_ray.models.physics.step_cost import (
+    GroupPhysics,
+    StepWork,
+    die_factor,
+    distinct_expert_share,
+    mean_prefill_context,
+    settled_cap_w,
+)
+from pals_ray.models.specs import GPUS, MODELS, Parallelism, find_gpu, find_model
+
+LLAMA_ON_H100 = GroupPhysics(find_gpu("H100"), find_model("Llama-3.1-8B"), Parallelism())
+DECODE = StepWork(decode_seqs=64, kv_tokens=64 * 600)
+PREFILL = StepWork(prefill_tokens=8192, prefill_context_tokens=512)
+
+works = st.builds(
+    StepWork,
+    prefill_tokens=st.floats(0, 8192),
+    prefill_context_tokens=st.floats(1, 8192),
+    decode_seqs=st.floats(1, 512),
+    kv_tokens=st.floats(1, 512 * 4096),
+)
+groups = st.builds(
+    lambda gpu, model, tensor: GroupPhysics(GPUS[gpu], MODELS[model], Parallelism(tensor)),
+    st.sampled_from(sorted(GPUS)),
+    st.sampled_from(sorted(MODELS)),
+    st.sampled_from([1, 2, 8]),
+)
+
+
+@given(groups, works, st.floats(60, 1000), st.floats(1.01, 2.0))
+def test_a_higher_cap_never_slows_a_step_and_never_lowers_its_draw(group, work, cap_w, factor):
+    low, high = group.step(work, cap_w), group.step(work, cap_w * factor)
+    assert high.duration_s <= low.duration_s * (1 + 1e-9)
+    assert high.power_w >= low.power_w * (1 - 1e-3)
+
+
+@given(groups, works, st.floats(60, 1000))
+def test_a_draw_is_under_its_cap_unless_the_clock_floor_holds_it_there_and_that_is_flagged(group, work, cap_w):
+    step = group.step(work, cap_w)
+    if step.power_w > cap_w:
+        assert not step.honours_cap
+        assert step.clock == pytest.approx(group.clock_floor)
+        assert step.power_w == pytest.approx(group.locked_step(work, group.clock_floor)[1])
+    else:
+        assert step.honours_cap
+
+
+@given(groups, works, st.floats(60, 1000))
+def test_one_step_and_a_sweep_say_the_same(group, work, cap_w):
+    one = group.step(work, cap_w)
+    many = group.sweep(
+        [cap_w, 2000.0], work.decode_seqs, work.kv_tokens, work.prefill_tokens, work.prefill_context_tokens
+    )
+    assert many.duration_s[0] == pytest.approx(one.duration_s, rel=1e-6)
+    assert many.power_w[0] == pytest.approx(one.power_w, rel=1e-6)
+    assert many.natural_w[1] == pytest.approx(group.natural_draw_w(work), rel=1e-9)
+
+
+def test_a_binding_cap_is_undershot_by_two_to_three_percent():
+    step = LLAMA_ON_H100.step(DECODE, 400)
+    assert step.binding
+    assert 0.97 * 400 <= step.power_w <= 0.98 * 400
+
+
+def test_a_cap_above_the_natural_draw_changes_nothing():
+    natural_w = LLAMA_ON_H100.natural_draw_w(DECODE)
+    step = LLAMA_ON_H100.step(DECODE, natural_w * 1.1)
+    assert not step.binding
+    assert step.power_w == pytest.approx(natural_w)
+
+
+def test_decode_is_flat_in_the_cap_and_then_falls_off_a_cliff_while_prefill_bends_at_once():
+    natural_w = LLAMA_ON_H100.natural_draw_w(DECODE)
+
+    def speed(work, cap_w):
+        return LLAMA_ON_H100.locked_step(work, 1.0)[0] / LLAMA_ON_H100.step(work, cap_w).duration_s
+
+    assert speed(DECODE, 0.7 * natural_w) > 0.93
+    assert speed(DECODE, 210) < 0.6
+    assert speed(PREFILL, 0.7 * LLAMA_ON_H100.natural_draw_w(PREFILL)) < 0.87
+
+
+def test_the_slowest_gpu_sets_the_groups_step_and_the_others_draw_less():
+    group = GroupPhysics(find_gpu("A100"), find_model("Mixtral-8x7B"), Parallelism(2))
+    step = group.group_step(DECODE, (150.0, 250.0), (1.0, 1.0))
+    alone = group.step(DECODE, 250.0)
+    assert step.duration_s == group.step(DECODE, 150.0).duration_s > alone.duration_s
+    assert step.power_w[1] < alone.power_w
+
+
+def test_a_group_with_a_cap_missing_is_an_error():
+    with pytest.raises(ValueError, match="zip"):
+        LLAMA_ON_H100.group_step(DECODE, (300.0,), (1.0, 1.0))
+
+
+@given(st.floats(1, 4096), st.sampled_from([(8, 2), (128, 8), (256, 8), (16, 1)]))
+def test_experts_touched_lie_between_one_tokens_and_all(tokens, mixture):
+    experts, active = mixture
+    share = distinct_expert_share(tokens, experts, active)
+    assert active / experts * (1 - 1e-9) <= share <= 1.0
+
+
+def test_a_larger_batch_reads_more_of_a_mixtures_weights_but_not_of_a_dense_models():
+    moe = GroupPhysics(find_gpu("H100"), find_model("Qwen3-30B-A3B"), Parallelism())
+    growth = {
+        name: group.step(StepWork(decode_seqs=32), 700).duration_s / group.step(StepWork(decode_seqs=1), 700).duration_s
+        for name, group in (("moe", moe), ("dense", LLAMA_ON_H100))
+    }
+    assert growth["moe"] > 1.5 > growth["dense"]
+
+
+def test_more_ranks_make_a_step_faster_but_not_in_proportion():
+    model, gpu = find_model("Llama-3.1-70B"), find_gpu("H100")
+    times = [GroupPhysics(gpu, model, Parallelism(n)).step(DECODE, 700).duration_s for n in (2, 4, 8)]
+    assert times[0] > times[1] > times[2] > times[0] / 4
+
+
+def test_mean_context_of_chunks_counts_what_was_computed_before():
+    assert mean_prefill_context([(100, 0)]) == 50
+    assert mean_prefill_context([(100, 0), (100, 400)]) == (50 + 450) / 2
+    assert mean_prefill_context([]) == 0
+
+
+def test_dies_differ_by_a_few_percent_and_always_alike():
+    factors = [die_factor(i) for i in range(64)]
+    assert factors == [die_factor(i) for i in range(64)]
+    assert 0.97 <= min(factors) < 0.98
+    assert 1.02 < max(factors) <= 1.03
+
+
+@given(st.floats(100, 700), st.floats(100, 700), st.floats(0, 2), st.floats(0, 1))
+def test_a_cap_settles_monotonically_between_old_and_new(before_w, ordered_w, since_s, later_s):
+    low, high = sorted((before_w, ordered_w))
+    early, late = (settled_cap_w(before_w, ordered_w, t) for t in (since_s, since_s + later_s))
+    assert low - 1e-9 <= early <= high + 1e-9
+    assert abs(late - ordered_w) <= abs(early - ordered_w) + 1e-9
+    assert settled_cap_w(before_w, ordered_w, 5.0) == pytest.approx(ordered_w)
+
+
+def test_down_is_fast_and_up_is_slow():
+    assert settled_cap_w(300, 200, 0.05) == pytest.approx(200)
+    assert settled_cap_w(200, 300, 0.10) == pytest.approx(200)
+    assert settled_cap_w(200, 300, 0.33) >= 289
+
+
+def test_sweeps_broadcast_their_arguments():
+    grid = LLAMA_ON_H100.sweep(np.array([[300.0], [700.0]]), np.array([1.0, 8.0, 64.0]))
+    assert grid.duration_s.shape == (2, 3)
