@@ -25,7 +25,7 @@ from pals_ray.profiling.load import ClosedLoop, RequestShape, in_full_swing
 from pals_ray.profiling.measure import NotSteady, PointProgress, held, measure
 from pals_ray.profiling.run import begin_or_resume, drawn_points, grid_of, measure_all, write_profile
 from pals_ray.profiling.steady import SteadyRule
-from pals_ray.runtime.manager.measuring import Subject
+from pals_ray.runtime.manager.measuring import MeasurementSubject
 from pals_ray.types import OperatingPoint
 
 console = Console()
@@ -96,7 +96,7 @@ async def _profile(model: str, points: int, path: Path, check: int, seed: int, s
         _show_check(surface, profile.model_copy(update={"samples": tuple(checked)}))
 
 
-def _prior_of(subject: Subject) -> RooflineModel | None:
+def _prior_of(subject: MeasurementSubject) -> RooflineModel | None:
     """What the fleet's manager gives the fit beside the samples; None for a model that no table knows."""
     parallelism = Parallelism(subject.tensor_parallel, subject.expert_parallel)
     with suppress(UnknownSpecError):
@@ -151,7 +151,7 @@ class _Bar:
             self._task = self._progress.add_task(what, total=more, note="")
 
 
-def _empty(model: str, subject: Subject, shape: RequestShape) -> Profile:
+def _empty(model: str, subject: MeasurementSubject, shape: RequestShape) -> Profile:
     return Profile(
         model=model,
         gpu=subject.gpu,
@@ -175,7 +175,7 @@ def _engine() -> str:
     return "vLLM, version unknown"
 
 
-def _announce(path: Path, profile: Profile, points: int, subject: Subject) -> None:
+def _announce(path: Path, profile: Profile, points: int, subject: MeasurementSubject) -> None:
     if profile.samples:
         console.print(f"going on with {path}: {len(profile.samples)} of {points} points are there", highlight=False)
     if subject.most_cap_w < subject.max_cap_w:

@@ -20,7 +20,7 @@ from pals_ray.models.profile import ProfileSample
 from pals_ray.profiling.load import ClosedLoop
 from pals_ray.profiling.steady import SteadyRule, Window, first_tokens, steady_window
 from pals_ray.runtime.client import own_errors
-from pals_ray.runtime.manager.measuring import Subject
+from pals_ray.runtime.manager.measuring import MeasurementSubject
 from pals_ray.runtime.messages import MANAGER_NAME, NAMESPACE, Measurement, agent_name
 from pals_ray.types import OperatingPoint
 
@@ -51,7 +51,7 @@ class PointProgress:
 class HeldReplica:
     """A replica under this profiler's hold, which a task renews; without it the hold lapses and all is as before."""
 
-    def __init__(self, subject: Subject, owner: str, manager: Any) -> None:
+    def __init__(self, subject: MeasurementSubject, owner: str, manager: Any) -> None:
         self.subject = subject
         self._owner = owner
         self._manager = manager
@@ -136,7 +136,7 @@ async def held(model: str) -> AsyncIterator[HeldReplica]:
     """
     manager = ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
     with own_errors():
-        subject: Subject = await manager.subject.remote(model)
+        subject: MeasurementSubject = await manager.subject.remote(model)
     replica = HeldReplica(subject, uuid.uuid4().hex, manager)
     renewing = asyncio.create_task(replica.renew())
     try:
@@ -205,7 +205,7 @@ def _requests(reading: Reading) -> int:
     return reading.engine.running + reading.engine.waiting if reading.engine else 0
 
 
-def _sample(window: Window, point: OperatingPoint, subject: Subject) -> ProfileSample:
+def _sample(window: Window, point: OperatingPoint, subject: MeasurementSubject) -> ProfileSample:
     seen = between(window.first, window.last)
     return ProfileSample(
         power_cap_w=point.cap_w,

@@ -11,7 +11,7 @@ from pals_ray.control.ledger.charge import ChargeTerms
 from pals_ray.control.ledger.lease import LeaseState, Outcome, accept, ceiling_w, fence, tick
 from pals_ray.control.messages import AgentReport, Hello, ParkOrder, Reply
 from pals_ray.control.replica.latency_feedback import TailFactors
-from pals_ray.control.replica.replica_controller import Pilot
+from pals_ray.control.replica.replica_controller import ReplicaController
 from pals_ray.control.telemetry import Reading, TelemetryWindow
 from pals_ray.models.correction import Correction
 from pals_ray.models.power_model import PowerModel
@@ -75,7 +75,7 @@ class Agent:
         self._session = 0
         self._number = 0
         self._park: ParkOrder | None = None
-        self._pilot = Pilot(len(uuids), model.largest_prompt, setting.controller)
+        self._pilot = ReplicaController(len(uuids), model.largest_prompt, setting.controller)
         self._pilot.target = model.target
         self._pilot.take_model(belief, model.name)
         # While a call to the driver is under way nothing else is decided, and no report taken.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from pals_ray.control.allocation.fleet_division import serving, targets_tokens_per_s
-from pals_ray.control.allocation.policy_runner import Divider
+from pals_ray.control.allocation.policy_runner import PolicyRunner
 from pals_ray.control.ledger.feasibility import LedgerConfig
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.messages import Commands, Hello, NodeInfo, NodeMemo, ReplicaView, Reply
@@ -62,7 +62,7 @@ class Manager:
         self._raising = False
         self._parts: Mapping[str, float | None] = {}
         self._serving: Mapping[str, int] = {}
-        self._divider = Divider(getattr(setting.policy, "__module__", "policy"), setting.policy)
+        self._divider = PolicyRunner(getattr(setting.policy, "__module__", "policy"), setting.policy)
         self._reserve_w = setting.fleet.reserve_w
         self.ledger = Ledger(
             LedgerConfig(reserve_w=self._reserve_w, lease_s=setting.lease_s),

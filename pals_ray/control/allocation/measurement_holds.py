@@ -41,7 +41,7 @@ class Hold:
     until_s: float
 
 
-class Holds:
+class MeasurementHolds:
     """The holds of one manager, by replica. They are in no file: a new manager's fleet is the policy's alone."""
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pals_ray.control.allocation.measurement_holds import Holds
+from pals_ray.control.allocation.measurement_holds import MeasurementHolds
 from pals_ray.control.snapshot import FleetSnapshot, Policy, Share
 from pals_ray.errors import PalsError
 from pals_ray.models.power_model import PowerModel
@@ -17,7 +17,7 @@ NEAR = 0.02
 log = logging.getLogger("pals.manager")
 
 
-class Divider:
+class PolicyRunner:
     """A fleet's policy, loaded from `path`, and what it last asked for."""
 
     def __init__(self, path: str, policy: Policy) -> None:
@@ -33,7 +33,7 @@ class Divider:
         return () if self._failure is None else (self._failure,)
 
     def shares(
-        self, snapshot: FleetSnapshot, models: Mapping[str, PowerModel], holds: Holds | None = None
+        self, snapshot: FleetSnapshot, models: Mapping[str, PowerModel], holds: MeasurementHolds | None = None
     ) -> Mapping[str, Share] | None:
         """What each replica is to have, those held to be measured first; None where all stays as it is: nothing has
         moved, or the policy fails."""
@@ -42,7 +42,7 @@ class Divider:
         moved_w = 0.0 if self._budget_w is None else snapshot.budget_w - self._budget_w
         snapshot = replace(snapshot, budget_moved_w=moved_w)
         try:
-            shares = (holds or Holds()).divide(snapshot, lambda rest: self._policy(rest, models))
+            shares = (holds or MeasurementHolds()).divide(snapshot, lambda rest: self._policy(rest, models))
         except Exception as error:  # a policy may be the operator's own: it must not stop the manager's beat
             self._fail(error)
             return None

@@ -21,7 +21,7 @@ from pals_ray.models.power_model import PowerModel
 SPARE = 0.05
 
 
-class Parking:
+class ReplicaParking:
     """A policy around another one: it parks first, and the other divides what is left."""
 
     def __init__(self, policy: Policy) -> None:

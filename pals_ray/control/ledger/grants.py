@@ -10,7 +10,7 @@ from pals_ray.control.snapshot import Share
 from pals_ray.types import Grant
 
 
-class Granting:
+class GrantIssuer:
     """Issues the grants of one manager (`epoch`), each leased for `lease_s`."""
 
     def __init__(self, accounts: Accounts, epoch: int, lease_s: float, least_raise_w: float) -> None:

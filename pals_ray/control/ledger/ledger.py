@@ -40,8 +40,8 @@ from pals_ray.control.ledger import feasibility, gpu_parking, membership, saved_
 from pals_ray.control.ledger.accounts import Node, Replica, readings_w
 from pals_ray.control.ledger.charge import EPS_W
 from pals_ray.control.ledger.feasibility import LedgerConfig
-from pals_ray.control.ledger.grants import Granting
-from pals_ray.control.ledger.ledger_views import LedgerBooks
+from pals_ray.control.ledger.grants import GrantIssuer
+from pals_ray.control.ledger.ledger_views import LedgerViews
 from pals_ray.control.messages import (
     AgentReport,
     Commands,
@@ -57,7 +57,7 @@ from pals_ray.control.snapshot import Domain, Share
 from pals_ray.errors import InfeasibleBudget
 
 
-class Ledger(LedgerBooks):
+class Ledger(LedgerViews):
     """Grants watts so that what is reserved, silent replicas and parked GPUs included, is within every budget."""
 
     def __init__(
@@ -74,7 +74,7 @@ class Ledger(LedgerBooks):
         super().__init__(config, budget_w, domains)
         self.epoch = epoch
         self.raise_due = False
-        self._granting = Granting(self._accounts, epoch, config.lease_s, config.least_raise_w)
+        self._granting = GrantIssuer(self._accounts, epoch, config.lease_s, config.least_raise_w)
         self._sessions = 0
         self._shares: Mapping[str, Share] | None = None
         self._superseded_by: int | None = None

@@ -75,7 +75,7 @@ def node_view(node: Node) -> NodeView:
     )
 
 
-class LedgerBooks:
+class LedgerViews:
     """What can be read from a ledger; reading changes nothing."""
 
     def __init__(self, config: LedgerConfig, budget_w: float, domains: Iterable[Domain]) -> None:

@@ -12,7 +12,7 @@ from pals_ray.models.power_model import PowerModel
 from pals_ray.types import Expected, Grant, OperatingPoint, ReplicaTelemetry, Target
 
 
-class Pilot:
+class ReplicaController:
     """Knows no devices and no clock; times are s of the agent's monotonic clock.
 
     `largest_prompt` is the TTFT of the largest prompt expected relative to that of the model's workload. `serving` is

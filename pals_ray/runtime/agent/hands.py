@@ -11,7 +11,7 @@ from dataclasses import replace
 from pals_ray.control.ledger.charge import ChargeTerms
 from pals_ray.control.ledger.lease import LeaseState, Outcome, accept, ceiling_w, fence, tick
 from pals_ray.control.messages import AgentReport, ParkOrder
-from pals_ray.control.replica.replica_controller import Pilot
+from pals_ray.control.replica.replica_controller import ReplicaController
 from pals_ray.control.telemetry import TelemetryWindow
 from pals_ray.engine.control_block import ControlBlock
 from pals_ray.runtime.agent.devices import Devices
@@ -27,7 +27,7 @@ class Hands:
     `gpus` and `max_batch` are the replica's own once it has claimed them, `block` is its control block.
     """
 
-    def __init__(self, replica_id: str, devices: Devices, pilot: Pilot, window: TelemetryWindow) -> None:
+    def __init__(self, replica_id: str, devices: Devices, pilot: ReplicaController, window: TelemetryWindow) -> None:
         self._replica_id = replica_id
         self._devices = devices
         self._pilot = pilot

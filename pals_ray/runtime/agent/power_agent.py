@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from pals_ray.control.messages import AgentReport, Hello, LedgerError, ParkOrder
-from pals_ray.control.replica.replica_controller import Pilot
+from pals_ray.control.replica.replica_controller import ReplicaController
 from pals_ray.control.slo import tally_of
 from pals_ray.control.telemetry import Reading, TelemetryWindow
 from pals_ray.engine.control_block import BlockError, ControlBlock
@@ -51,7 +51,7 @@ class PowerAgent:
         self._spec = spec
         self._devices = Devices(spec.hardware.open(spec.node_key))
         self._window = TelemetryWindow()
-        self._pilot = Pilot(spec.num_gpus)
+        self._pilot = ReplicaController(spec.num_gpus)
         self._hands = Hands(spec.replica_id, self._devices, self._pilot, self._window)
         self._unmanaged: tuple[str, ...] = ()
         self._natural_draw_w: float | None = None

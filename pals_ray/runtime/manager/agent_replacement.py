@@ -27,7 +27,7 @@ HANGS_S = 20.0
 log = logging.getLogger("pals.manager")
 
 
-class AgentKeeper:
+class AgentReplacer:
     """Replaces the agents of a roster; `node_lost` hears of each node that is cut off, `node_gone` of each that is gone
     for good."""
 

@@ -17,8 +17,8 @@ from typing import Any
 from pals_ray.config.fleet import FleetConfig
 from pals_ray.config.policy_path import load_policy
 from pals_ray.control.allocation.fleet_division import serving, targets_tokens_per_s
-from pals_ray.control.allocation.policy_runner import Divider
-from pals_ray.control.allocation.replica_parking import Parking
+from pals_ray.control.allocation.policy_runner import PolicyRunner
+from pals_ray.control.allocation.replica_parking import ReplicaParking
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.messages import AgentReport, Commands, NodeInfo, Reply
 from pals_ray.control.snapshot import FleetSnapshot
@@ -69,7 +69,7 @@ class FleetCore:
         self._serving: Mapping[str, int] = {}
         self._config: FleetConfig | None = None
         self._ledger: Ledger | None = None
-        self._divider: Divider | None = None
+        self._divider: PolicyRunner | None = None
         self._predictors: Predictors | None = None
 
     # -- what is deployed ------------------------------------------------------------------------------------------
@@ -346,6 +346,6 @@ class FleetCore:
         self._file.close()
 
 
-def _divider(config: FleetConfig) -> Divider:
+def _divider(config: FleetConfig) -> PolicyRunner:
     policy = load_policy(config.policy)
-    return Divider(config.policy, Parking(policy) if config.allow_parking else policy)
+    return PolicyRunner(config.policy, ReplicaParking(policy) if config.allow_parking else policy)

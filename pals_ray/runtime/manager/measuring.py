@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pals_ray.config.fleet import FleetConfig, ModelConfig
-from pals_ray.control.allocation.measurement_holds import HOLD_LEASE_S, Hold, HoldRefused, Holds
+from pals_ray.control.allocation.measurement_holds import HOLD_LEASE_S, Hold, HoldRefused, MeasurementHolds
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.snapshot import FleetSnapshot
 from pals_ray.runtime.manager.roster import Roster
@@ -13,7 +13,7 @@ from pals_ray.types import OperatingPoint, Provenance
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class MeasurementSubject:
     """A replica that may be measured. Caps are W per GPU; `most_cap_w` is what the budget allows beside all others at
     their lowest caps. `known_as` is the name by which tables may know its model, `time_scale` that of virtual GPUs, and
     1 on real ones.
@@ -38,9 +38,11 @@ class HoldDesk:
     """A manager's measurement holds, and what a profiler has to know to ask for one."""
 
     def __init__(self) -> None:
-        self.holds = Holds()
+        self.holds = MeasurementHolds()
 
-    def subject(self, model: str, config: FleetConfig, ledger: Ledger, roster: Roster, now: FleetSnapshot) -> Subject:
+    def subject(
+        self, model: str, config: FleetConfig, ledger: Ledger, roster: Roster, now: FleetSnapshot
+    ) -> MeasurementSubject:
         """The one replica of a model. Raises `HoldRefused` where there is none to be measured, or more than one."""
         known = [member.model_id for member in config.models]
         if model not in known:
@@ -59,7 +61,7 @@ class HoldDesk:
         room_w, where = self.holds.room_w(now, row.replica_id)
         if room_w < terms.least_charge_w:
             raise HoldRefused(f"{where} has no room for {row.replica_id} even at its lowest cap")
-        return Subject(
+        return MeasurementSubject(
             replica_id=row.replica_id,
             known_as=deployed.known_as,
             gpu=infos[0].product,

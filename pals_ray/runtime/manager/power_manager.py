@@ -19,13 +19,13 @@ import ray
 from pals_ray.config.fleet import parse_fleet_config
 from pals_ray.control.budget.moving_budget import BudgetPlan
 from pals_ray.control.messages import AgentReport
-from pals_ray.runtime.manager.agent_replacement import AgentKeeper
+from pals_ray.runtime.manager.agent_replacement import AgentReplacer
 from pals_ray.runtime.manager.budgeting import BudgetDesk
 from pals_ray.runtime.manager.core import FleetCore
 from pals_ray.runtime.manager.excess import ExcessMeter
-from pals_ray.runtime.manager.measuring import Subject
+from pals_ray.runtime.manager.measuring import MeasurementSubject
 from pals_ray.runtime.manager.metrics import FleetMetrics
-from pals_ray.runtime.manager.qos_book import QosBook
+from pals_ray.runtime.manager.qos_book import SloAccounts
 from pals_ray.runtime.manager.view import FleetFacts, fleet_status, measured_w
 from pals_ray.runtime.messages import AgentSpec, Answer, Beat, Registration
 from pals_ray.types import BudgetChange, BudgetSource, FleetStatus, OperatingPoint, Provenance, Target
@@ -43,9 +43,9 @@ class GlobalPowerManager:
         self._changed = asyncio.Event()
         self._core = FleetCore(storage_path, ray.get_runtime_context().get_session_name(), self._changed.set)
         self._budget = BudgetDesk(self._core)
-        self._keeper = AgentKeeper(self._core.roster, self._core.node_lost, self._core.node_gone)
+        self._keeper = AgentReplacer(self._core.roster, self._core.node_lost, self._core.node_gone)
         self._excess = ExcessMeter(time.monotonic())
-        self._qos = QosBook()
+        self._qos = SloAccounts()
         self._metrics = FleetMetrics()
         stored = self._core.state.config
         if stored is not None:
@@ -151,7 +151,7 @@ class GlobalPowerManager:
         )
         return fleet_status(ledger, core.roster.members, core.targets, devices, facts, now_s)
 
-    async def subject(self, model: str) -> Subject:
+    async def subject(self, model: str) -> MeasurementSubject:
         """The replica of a model that a profiler may measure. Raises `HoldRefused`."""
         core = self._core
         return core.desk.subject(model, core.config, core.ledger, core.roster, core.snapshot())

@@ -9,7 +9,7 @@ from pals_ray.runtime.manager.view import Member
 from pals_ray.types import QosStatus, Target
 
 
-class QosBook:
+class SloAccounts:
     """One account a model, from its making on; times are s of the manager's monotonic clock."""
 
     def __init__(self) -> None:

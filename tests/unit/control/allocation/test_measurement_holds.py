@@ -2,7 +2,7 @@
 
 import pytest
 
-from pals_ray.control.allocation.measurement_holds import HOLD_LEASE_S, Hold, HoldRefused, Holds
+from pals_ray.control.allocation.measurement_holds import HOLD_LEASE_S, Hold, HoldRefused, MeasurementHolds
 from pals_ray.control.snapshot import Domain, FleetSnapshot, ReplicaSnapshot, Share
 from pals_ray.types import OperatingPoint
 from policies import uniform
@@ -40,7 +40,7 @@ def divide(holds, snapshot):
 
 
 def test_a_held_replica_gets_its_point_first_and_the_others_all_that_is_left():
-    holds = Holds()
+    holds = MeasurementHolds()
     assert holds.take(fleet(), "b", hold())
     shares = divide(holds, fleet())
     assert next(iter(shares)) == "b"
@@ -50,7 +50,7 @@ def test_a_held_replica_gets_its_point_first_and_the_others_all_that_is_left():
 
 
 def test_a_hold_lapses_unless_it_is_renewed():
-    holds = Holds()
+    holds = MeasurementHolds()
     holds.take(fleet(), "b", hold())
     assert not holds.take(fleet(now_s=4), "b", hold(until_s=4 + HOLD_LEASE_S)), "a renewal is no new point"
     assert divide(holds, fleet(now_s=8.9))["b"].pin_cap_w == 300
@@ -59,7 +59,7 @@ def test_a_hold_lapses_unless_it_is_renewed():
 
 
 def test_a_cap_that_the_budget_does_not_allow_is_refused_with_the_watts_needed():
-    holds = Holds()
+    holds = MeasurementHolds()
     with pytest.raises(HoldRefused, match="50 W more are needed") as refused:
         holds.take(fleet(budget_w=550), "b", hold(300))
     assert refused.value.short_w == 50
@@ -71,13 +71,13 @@ def test_a_cap_that_the_budget_does_not_allow_is_refused_with_the_watts_needed()
 def test_a_domain_limits_what_can_be_held_in_it():
     rows = (replica("a", domain="rack"), replica("b", domain="rack"), replica("c"))
     snapshot = fleet(budget_w=2000, replicas=rows, domains=(Domain("rack", 450.0),))
-    assert Holds().room_w(snapshot, "a") == (350, "rack")
+    assert MeasurementHolds().room_w(snapshot, "a") == (350, "rack")
     with pytest.raises(HoldRefused, match="rack leaves it 350 W"):
-        Holds().take(snapshot, "a", hold(400))
+        MeasurementHolds().take(snapshot, "a", hold(400))
 
 
 def test_a_hold_that_a_lower_budget_has_no_room_for_ends():
-    holds = Holds()
+    holds = MeasurementHolds()
     holds.take(fleet(), "b", hold(400))
     shares = divide(holds, fleet(budget_w=600))
     assert shares["b"].pin_cap_w is None
@@ -85,7 +85,7 @@ def test_a_hold_that_a_lower_budget_has_no_room_for_ends():
 
 
 def test_nobody_else_renews_or_releases_a_live_hold():
-    holds = Holds()
+    holds = MeasurementHolds()
     holds.take(fleet(), "b", hold())
     with pytest.raises(HoldRefused, match="another profiler"):
         holds.take(fleet(now_s=1), "b", hold(owner="you"))
@@ -97,7 +97,7 @@ def test_nobody_else_renews_or_releases_a_live_hold():
 
 
 def test_a_replica_that_does_not_serve_cannot_be_held_and_one_that_left_is_held_no_more():
-    holds = Holds()
+    holds = MeasurementHolds()
     with pytest.raises(HoldRefused, match="does not serve"):
         holds.take(fleet(), "z", hold())
     holds.take(fleet(), "b", hold())
@@ -105,7 +105,7 @@ def test_a_replica_that_does_not_serve_cannot_be_held_and_one_that_left_is_held_
 
 
 def test_with_all_held_the_policy_is_not_asked():
-    holds = Holds()
+    holds = MeasurementHolds()
     holds.take(fleet(replicas=("a",)), "a", hold())
 
     def policy(_):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from pals_ray.control.allocation.policy_runner import Divider
+from pals_ray.control.allocation.policy_runner import PolicyRunner
 from pals_ray.control.snapshot import FleetSnapshot, ReplicaSnapshot, Share
 from policies import static
 
@@ -30,7 +30,7 @@ def policy():
 
 @pytest.fixture
 def divider(policy):
-    return Divider("test:allocate", policy)
+    return PolicyRunner("test:allocate", policy)
 
 
 def at(budget_w, grant_w=300.0):
@@ -64,7 +64,7 @@ def test_a_policy_that_fails_leaves_everything_as_it_is_and_says_so_until_it_doe
             raise ZeroDivisionError("by nothing")
         return {"r": Share(200.0, "fine again")}
 
-    divider = Divider("mine:allocate", fails)
+    divider = PolicyRunner("mine:allocate", fails)
     assert divider.shares(at(900), {}) is None
     assert divider.notes == (
         "policy mine:allocate divides nothing, all keep what they have: ZeroDivisionError: by nothing",
@@ -75,13 +75,13 @@ def test_a_policy_that_fails_leaves_everything_as_it_is_and_says_so_until_it_doe
 
 def test_another_pin_is_passed_on_however_near_the_watts_are():
     pins = [{}, {"pin_batch_limit": 8}, {"pin_batch_limit": 8}, {"parked": True}, {}]
-    divider = Divider("p:q", lambda snapshot, models: {"r": Share(300.0, "so", **pins.pop(0))})
+    divider = PolicyRunner("p:q", lambda snapshot, models: {"r": Share(300.0, "so", **pins.pop(0))})
     answers = [divider.shares(at(900), {}) for _ in range(5)]
     assert [answer is not None for answer in answers] == [True, True, False, True, True]
 
 
 def test_a_policy_that_cannot_keep_the_budget_says_in_a_note_how_many_watts_it_needs():
-    divider = Divider("policies.static:allocate", static.allocate)
+    divider = PolicyRunner("policies.static:allocate", static.allocate)
     assert divider.shares(at(350), {}) is None
     assert "350 W asked, but 400 W needed" in divider.notes[0]
     assert divider.shares(at(450), {}) is not None

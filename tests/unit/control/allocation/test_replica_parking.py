@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from pals_ray.control.allocation.replica_parking import Parking, to_park
+from pals_ray.control.allocation.replica_parking import ReplicaParking, to_park
 from pals_ray.control.snapshot import Domain, FleetSnapshot, ReplicaSnapshot, Share
 from pals_ray.models.power_model import Prediction
 from pals_ray.types import Target
@@ -75,7 +75,7 @@ def test_a_domain_that_is_short_parks_its_own_replicas_only():
 
 def test_a_parked_replica_gets_its_least_charge_one_sequence_and_the_lowest_cap():
     snapshot = FleetSnapshot(0.0, 790.0, ROWS)
-    shares = Parking(pals.allocate)(snapshot, {"chat": Slow(), "batch": Slow()})
+    shares = ReplicaParking(pals.allocate)(snapshot, {"chat": Slow(), "batch": Slow()})
     assert shares["b2"] == Share(100.0, shares["b2"].reason, 100.0, 1, True)
     assert "parked" in shares["b2"].reason
     assert not any(share.parked for name, share in shares.items() if name != "b2")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pals_ray.control.ledger.charge import ChargeTerms
-from pals_ray.control.replica.replica_controller import Pilot
+from pals_ray.control.replica.replica_controller import ReplicaController
 from pals_ray.control.snapshot import Overhead
 from pals_ray.control.telemetry import LATENCY_S, RATE_S, Reading, TelemetryWindow
 from pals_ray.models.lookup import tabulated
@@ -32,13 +32,13 @@ def choose(pilot, now_s=0.0, ceiling_w=300.0, in_force_w=300.0, seen=BUSY, grant
 
 
 def test_without_a_model_it_goes_as_far_as_the_grant_allows():
-    point, reason = choose(Pilot(1))
+    point, reason = choose(ReplicaController(1))
     assert (point.cap_w, point.batch_limit) == (300.0, 32)
     assert "no model" in reason
 
 
 def test_without_demand_it_rests_and_under_load_it_works(model):
-    pilot = Pilot(1)
+    pilot = ReplicaController(1)
     pilot.take_model(model, "prior")
     for beat in range(40):
         idle, _ = choose(pilot, beat / 2, seen=ReplicaTelemetry(power_w=60.0))
@@ -54,7 +54,7 @@ def test_without_demand_it_rests_and_under_load_it_works(model):
 
 def test_what_arrives_is_told_even_where_the_cap_keeps_the_replica_from_serving_it(model):
     def told(arriving, seen):
-        pilot = Pilot(1)
+        pilot = ReplicaController(1)
         pilot.take_model(model, "prior")
         for beat in range(20):
             now = replace(seen, arriving_tokens_per_s=arriving)
@@ -69,7 +69,7 @@ def test_what_arrives_is_told_even_where_the_cap_keeps_the_replica_from_serving_
 
 
 def test_pins_of_a_grant_are_obeyed(model):
-    pilot = Pilot(1)
+    pilot = ReplicaController(1)
     pilot.take_model(model, "prior")
     pinned = replace(GRANT, pin_cap_w=220.0, pin_batch_limit=8)
     point, _ = choose(pilot, ceiling_w=220.0, grant=pinned)
@@ -77,7 +77,7 @@ def test_pins_of_a_grant_are_obeyed(model):
 
 
 def test_where_limits_are_not_ours_to_set_only_the_batch_is_chosen(model):
-    pilot = Pilot(1)
+    pilot = ReplicaController(1)
     pilot.take_model(model, "prior")
     point, reason = choose(pilot, ceiling_w=100.0, in_force_w=400.0, may_cap=False)
     assert point.cap_w == 400.0
@@ -86,7 +86,7 @@ def test_where_limits_are_not_ours_to_set_only_the_batch_is_chosen(model):
 
 
 def test_it_learns_from_a_point_held_for_as_long_as_telemetry_reaches_back(model):
-    pilot = Pilot(1)
+    pilot = ReplicaController(1)
     pilot.take_model(model, "prior")
     for beat in range(9):
         choose(pilot, beat / 2)
@@ -99,7 +99,7 @@ def test_it_learns_from_a_point_held_for_as_long_as_telemetry_reaches_back(model
 
 
 def test_a_new_model_forgets_what_was_learnt_of_another_and_the_same_again_does_not(model):
-    pilot = Pilot(1)
+    pilot = ReplicaController(1)
     pilot.take_model(model, "prior")
     pilot.correction = replace(pilot.correction, throughput=1.4)
     pilot.take_model(model, "prior")
@@ -109,7 +109,7 @@ def test_a_new_model_forgets_what_was_learnt_of_another_and_the_same_again_does_
 
 
 def test_the_more_replicas_serve_a_model_the_longer_each_looks_at_latencies():
-    pilot = Pilot(1)
+    pilot = ReplicaController(1)
     assert pilot.recent_s == RATE_S
     pilot.serving = 4
     assert pilot.recent_s == 4 * RATE_S
@@ -129,7 +129,7 @@ def test_natural_draw_is_measured_predicted_under_a_binding_cap_and_never_below_
     def natural_w(pilot, seen):
         return pilot.natural_draw_w(seen, seen.summary(), 400.0)
 
-    pilot = Pilot(1)
+    pilot = ReplicaController(1)
     calm = window(0.0, [200.0] * 20)
     assert natural_w(pilot, calm) == pytest.approx(200.0)
     assert natural_w(pilot, window(0.0, [380.0] * 4 + [200.0] * 20)) == 380.0

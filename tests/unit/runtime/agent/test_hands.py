@@ -7,7 +7,7 @@ import pytest
 
 from pals_ray.control.ledger.charge import ChargeTerms
 from pals_ray.control.messages import Reply
-from pals_ray.control.replica.replica_controller import Pilot
+from pals_ray.control.replica.replica_controller import ReplicaController
 from pals_ray.control.snapshot import Overhead
 from pals_ray.control.telemetry import TelemetryWindow
 from pals_ray.gpus.virtual import VirtualDriver
@@ -38,7 +38,7 @@ def gpus():
 @pytest.fixture
 async def hands(gpus):
     devices = Devices(VirtualDriver.attach(gpus[0].uuid.removeprefix("GPU-virtual-").removesuffix("-0")))
-    made = Hands("r", devices, Pilot(2), TelemetryWindow())
+    made = Hands("r", devices, ReplicaController(2), TelemetryWindow())
     made.managed = {gpu.uuid: NodeGpu(gpu.info, 400.0, 0.0, True, ()) for gpu in gpus}
     await made.take_hold([gpu.uuid for gpu in gpus], 32, None)
     yield made

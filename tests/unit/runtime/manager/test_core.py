@@ -13,7 +13,7 @@ from pals_ray.config.fleet import parse_fleet_config
 from pals_ray.control.budget.moving_budget import ScheduledBudget
 from pals_ray.control.budget.schedule import Entry
 from pals_ray.control.messages import Hello
-from pals_ray.control.replica.replica_controller import Pilot
+from pals_ray.control.replica.replica_controller import ReplicaController
 from pals_ray.control.telemetry import RATE_S, TelemetryWindow
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.gpus.virtual_block import remove_block
@@ -45,7 +45,7 @@ class Agent:
     def __init__(self, name, key, uuids):
         self.name, self.uuids = name, uuids
         self.devices = Devices(VirtualDriver.attach(key))
-        self.hands = Hands(name, self.devices, Pilot(len(uuids)), TelemetryWindow())
+        self.hands = Hands(name, self.devices, ReplicaController(len(uuids)), TelemetryWindow())
         hardware = HardwareSpec("virtual")
         self.spec = AgentSpec(name, "m", len(uuids), "node", key, (), ProcessId(1, 1), "/x", hardware, "/s")
         self.apply, self.park = Remote(self._apply), Remote(self._park)

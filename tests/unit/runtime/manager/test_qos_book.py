@@ -3,7 +3,7 @@
 from pals_ray.control.messages import AgentReport
 from pals_ray.control.slo import Tally
 from pals_ray.processes import ProcessId
-from pals_ray.runtime.manager.qos_book import QosBook
+from pals_ray.runtime.manager.qos_book import SloAccounts
 from pals_ray.runtime.manager.view import Member
 from pals_ray.runtime.messages import AgentSpec, Beat
 from pals_ray.runtime.node.hardware import HardwareSpec
@@ -29,13 +29,13 @@ def after(book, tokens, waiting=3):
 
 
 def test_a_models_replicas_are_judged_together_against_its_whole_target():
-    short = after(QosBook(), 900)["chat"]
+    short = after(SloAccounts(), 900)["chat"]
     assert (short.intervals, short.violations, short.throughput_violations) == (2, 2, 2)
     assert "90 of 100 tokens/s while requests waited" in short.latest
-    assert after(QosBook(), 1000)["chat"].violations == 0
-    assert after(QosBook(), 900, waiting=0)["chat"].violations == 0, "nobody waited"
+    assert after(SloAccounts(), 1000)["chat"].violations == 0
+    assert after(SloAccounts(), 900, waiting=0)["chat"].violations == 0, "nobody waited"
 
 
 def test_a_model_that_nobody_asks_has_an_account_without_intervals():
-    idle = after(QosBook(), 900)["batch"]
+    idle = after(SloAccounts(), 900)["batch"]
     assert (idle.priority, idle.intervals, idle.violation_share) == (1, 0, None)
