@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import pals_ray
+from pals_ray.control.manager.measurement import MeasurementSubject
 from pals_ray.models.fitting.accuracy import errors_of
 from pals_ray.models.lookup import SurfaceModel
 from pals_ray.models.physics.roofline import RooflineModel, known_prior
@@ -25,7 +26,6 @@ from pals_ray.profiling.load import ClosedLoop, RequestShape, in_full_swing
 from pals_ray.profiling.measure import NotSteady, PointProgress, held, measure
 from pals_ray.profiling.run import begin_or_resume, drawn_points, grid_of, measure_all, write_profile
 from pals_ray.profiling.steady import SteadyRule
-from pals_ray.runtime.manager.measuring import MeasurementSubject
 from pals_ray.types import OperatingPoint
 
 console = Console()

@@ -28,11 +28,16 @@ class Overhead:
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """A part of the fleet (rack, circuit) with a budget of its own, W. `parent` is None right below the fleet."""
+    """A part of the fleet (rack, circuit) with a budget of its own, W. `parent` is None right below the fleet.
+
+    Nodes whose `label` has this `value` are in it, unless a domain inside it has them; without a label none is.
+    """
 
     name: str
     budget_w: float
     parent: str | None = None
+    label: str | None = None
+    value: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,8 @@ def collect(run: Run) -> RunResult:
         stranded_w=float(np.maximum(np.array(charge_w) - node_w, 0.0).mean()) if len(time_s) else 0.0,
         cuts=run.budgets.cuts,
         grants=sum(manager.grants for manager in run.managers),
-        divisions=sum(manager.divisions for manager in run.managers),
-        notes=tuple(filter(None, [run.source.note, *(note for m in run.managers for note in m.notes)])),
+        divisions=sum(manager.core.divisions for manager in run.managers),
+        notes=tuple(filter(None, [run.source.note, *(note for m in run.managers for note in m.core.notes)])),
     )
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from math import inf
 
 import numpy as np
 
-from pals_ray.control.messages import Hello
+from pals_ray.control.agent.agent_core import BEAT_S
+from pals_ray.control.manager.manager_core import FleetRecord
+from pals_ray.control.manager.silent_agents import SILENT_S
+from pals_ray.control.messages import Beat, Hello
 from pals_ray.models.grid import GridModel
+from pals_ray.models.lookup import LoadedModel
 from pals_ray.models.physics.roofline import RooflineModel
 from pals_ray.models.power_model import PowerModel
 from pals_ray.models.specs import find_gpu
-from pals_ray.simulation.agent import BEAT_S, Agent, Beat
+from pals_ray.simulation.agent import Agent
 from pals_ray.simulation.budget import BudgetSource
 from pals_ray.simulation.clock import Events, Mail
 from pals_ray.simulation.collect import collect
@@ -33,8 +38,6 @@ from pals_ray.simulation.setting import (
     SimulationError,
 )
 
-#: A node that no agent of has been heard for so long is looked after, s (as in `runtime/manager/agent_replacement.py`).
-_SILENT_S = 3.0
 #: Requests are turned into Python numbers so many at a time.
 _CHUNK = 100_000
 
@@ -79,6 +82,7 @@ class Run:
         )
         self.agents: dict[str, Agent] = {}
         self.managers: list[Manager] = []
+        self._models: dict[str, LoadedModel] = {}
         self.died_s: dict[str, float] = {}
         self._mail = Mail(self.events, setting.messages, random.Random(f"mail {setting.seed}"))
         self._routes = _merged(self.fleet, requests)
@@ -121,46 +125,27 @@ class Run:
         """Manager and agents. All caps are at their lowest; the first grants are in force within 0.1 s."""
         setting = self.setting
         phases = random.Random(f"beats {setting.seed}")
-        beliefs = {model.name: _belief(model, setting.fleet.time_scale) for model in setting.fleet.models}
+        beliefs = {
+            model.name: LoadedModel(model.name, _belief(model, setting.fleet.time_scale))
+            for model in setting.fleet.models
+        }
         for placed in self.fleet.placed:
-            agent = Agent(
-                placed.replica_id,
-                placed.node.name,
-                placed.uuids,
-                placed.engine,
-                placed.model,
-                beliefs[placed.model.name],
-                setting,
-                self.events,
-            )
+            self._models[placed.replica_id] = belief = beliefs[placed.model.name]
+            agent = Agent(placed, belief, setting, self.events)
             agent.send_beat = self._send_beat
             agent.send_hello = self._send_hello
             agent.cap_moved = partial(self._charge, placed)
             self.agents[placed.replica_id] = agent
             self.events.at(BEAT_S * phases.random(), agent.beat)
-        self._beliefs = beliefs
         manager = self._new_manager(0.0)
-        for info in self.fleet.nodes.values():
-            manager.add_node(info, 0.0)
-        for agent in self.agents.values():
-            manager.register(agent, 0.0)
+        manager.start(self.fleet.nodes.values(), 0.0)
         self.events.at(0.0, manager.run)
 
     def _new_manager(self, now_s: float) -> Manager:
-        before = self.managers[-1] if self.managers else None
-        manager = Manager(
-            self.setting,
-            self.events,
-            self._mail,
-            self.source,
-            epoch=len(self.managers) + 1,
-            now_s=now_s,
-            known=before.ledger.memo() if before else (),
-        )
+        before = self.managers[-1].core.record if self.managers else FleetRecord()
+        record = replace(before, epoch=before.epoch + 1)
+        manager = Manager(self.setting, self.events, self._mail, self.source, self.agents, self._models, record, now_s)
         manager.budget_moved = self.budgets.budget
-        for placed in self.fleet.placed:
-            agent = self.agents[placed.replica_id]
-            manager.join(agent, placed.model.target, self._beliefs[placed.model.name])
         self.managers.append(manager)
         return manager
 
@@ -207,7 +192,7 @@ class Run:
             self.events.at(failure.at_s, partial(self._kill, failure))
 
     def _silence(self, replica_id: str, silent: bool, _now_s: float) -> None:
-        if replica_id in self.agents and self.agents[replica_id].node_id not in self.died_s:
+        if replica_id in self.agents and self.agents[replica_id].spec.node_id not in self.died_s:
             self.agents[replica_id].silent = silent
 
     def _lose_manager(self, _now_s: float) -> None:
@@ -226,7 +211,7 @@ class Run:
                     self.agents[placed.replica_id].die()
                 self.fleet.routers[placed.model.name].lose(placed.engine, now_s)
         if self.managers:
-            self.events.at(now_s + _SILENT_S, lambda at_s: self.managers[-1].node_lost(death.node, at_s))
+            self.events.at(now_s + SILENT_S, lambda _: self.managers[-1].core.node_lost(death.node))
 
 
 def _belief(model: SimModel, time_scale: float) -> PowerModel:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 
-class ExcessMeter:
-    """Counts from its making on; times are s of the caller's monotonic clock."""
+class OverBudget:
+    """Counts from its making on; times are s of the manager's clock."""
 
     def __init__(self, now_s: float) -> None:
         self.worst_w = 0.0
@@ -12,7 +12,7 @@ class ExcessMeter:
         self._counted_s = now_s
 
     def count(self, drawn_w: float, budget_w: float, now_s: float) -> None:
-        """What has been drawn since the last count."""
+        """Take in what has been drawn since the last count."""
         if drawn_w > budget_w:
             self.worst_w = max(self.worst_w, drawn_w - budget_w)
             self.total_s += now_s - self._counted_s

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pals_ray.control.manager.fleet_status import Member
 from pals_ray.control.slo import QosState, observe, status_of
-from pals_ray.runtime.manager.view import Member
 from pals_ray.types import QosStatus, Target
 
 

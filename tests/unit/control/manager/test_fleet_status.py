@@ -8,12 +8,16 @@ from rich.console import Console
 from pals_ray.cli.status_table import budget_line, status_view
 from pals_ray.control.ledger.feasibility import LedgerConfig
 from pals_ray.control.ledger.ledger import Ledger
-from pals_ray.control.messages import AgentReport, Hello, ManagedGpu, NodeInfo
+from pals_ray.control.manager.fleet_status import (
+    Device,
+    FleetFacts,
+    Member,
+    fleet_snapshot,
+    fleet_status,
+    measured_w,
+)
+from pals_ray.control.messages import AgentReport, Beat, Hello, ManagedGpu, NodeGpu, NodeInfo, ReplicaSpec
 from pals_ray.control.snapshot import Overhead, Share
-from pals_ray.processes import ProcessId
-from pals_ray.runtime.manager.view import Device, FleetFacts, Member, fleet_snapshot, fleet_status, measured_w
-from pals_ray.runtime.messages import AgentSpec, Beat, NodeGpu
-from pals_ray.runtime.node.hardware import HardwareSpec
 from pals_ray.types import BudgetSource, GpuInfo, Latency, Provenance, ReplicaTelemetry, Target
 
 UUIDS = ("GPU-0", "GPU-1", "GPU-2")
@@ -33,8 +37,7 @@ SEEN = ReplicaTelemetry(
 
 
 def _spec():
-    hardware = HardwareSpec("virtual", "A100-SXM", 3)
-    return AgentSpec("m#1", "m", 2, "n", "k", (), ProcessId(1, 2), "/x", hardware, "/tmp", UUIDS[:2], 32)
+    return ReplicaSpec("m#1", "m", 2, "n", gpus=UUIDS[:2], max_batch=32)
 
 
 def _ledger(overhead=None, **config):

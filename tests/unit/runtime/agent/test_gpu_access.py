@@ -6,7 +6,7 @@ import pytest
 
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.gpus.virtual_block import remove_block
-from pals_ray.runtime.agent.devices import Devices, DrawMeter
+from pals_ray.runtime.agent.gpu_access import DrawMeter, GpuAccess
 from pals_ray.types import GpuState
 
 
@@ -19,7 +19,7 @@ def gpus():
 
 @pytest.fixture
 async def devices(gpus):
-    made = Devices(VirtualDriver.attach(gpus[0].uuid.removeprefix("GPU-virtual-").removesuffix("-0")))
+    made = GpuAccess(VirtualDriver.attach(gpus[0].uuid.removeprefix("GPU-virtual-").removesuffix("-0")))
     yield made
     made.close()
 

@@ -1,19 +1,16 @@
 """Each model's violations, from what its replicas' agents send."""
 
-from pals_ray.control.messages import AgentReport
+from pals_ray.control.manager.fleet_status import Member
+from pals_ray.control.manager.slo_accounts import SloAccounts
+from pals_ray.control.messages import AgentReport, Beat, ReplicaSpec
 from pals_ray.control.slo import Tally
-from pals_ray.processes import ProcessId
-from pals_ray.runtime.manager.qos_book import SloAccounts
-from pals_ray.runtime.manager.view import Member
-from pals_ray.runtime.messages import AgentSpec, Beat
-from pals_ray.runtime.node.hardware import HardwareSpec
 from pals_ray.types import ReplicaTelemetry, Target
 
 TARGETS = {"chat": Target(throughput_tokens_per_s=100.0), "batch": Target(priority=1)}
 
 
 def member(model, name, tokens, waiting=3, at_s=0.0):
-    spec = AgentSpec(name, model, 1, "n", "k", (), ProcessId(1, 1), "/x", HardwareSpec("virtual"), "/s")
+    spec = ReplicaSpec(name, model, 1, "n")
     tally = Tally(at_s, 8, waiting, tokens, 10, 10, 0.0, None, tokens, 0.0, None)
     report = AgentReport(name, 1, 1, 1, (1, 1), {})
     return Member(spec, Beat(report, ReplicaTelemetry(), {}, 0.0, None, None, "", None, {}, tally=tally))

@@ -1,46 +1,44 @@
-"""Who is there: the replicas, their agents and the GPUs that they look after, as the manager last heard of them."""
+"""Which agents there are: their replicas and the GPUs that they look after, as the manager last heard of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
-from pals_ray.control.messages import AgentReport
+from pals_ray.control.manager.fleet_status import Device, Member
+from pals_ray.control.messages import AgentReport, Beat, NodeGpu, ReplicaSpec
 from pals_ray.models.correction import CorrectedModel
 from pals_ray.models.lookup import LoadedModel
 from pals_ray.models.power_model import PowerModel
-from pals_ray.runtime.manager.view import Device, Member
-from pals_ray.runtime.messages import AgentSpec, Beat, Registration
 
 
-class Roster:
-    """Members and their actor handles by replica id, devices by UUID; times are s of the manager's monotonic clock."""
+class AgentRegistry:
+    """Members by replica id, devices by UUID; times are s of the manager's clock."""
 
     def __init__(self) -> None:
         self.members: dict[str, Member] = {}
-        self.handles: dict[str, Any] = {}
         self.devices: dict[str, Device] = {}
         self._heard_s: dict[str, float] = {}
 
-    def restore(self, specs: Mapping[str, AgentSpec], now_s: float) -> None:
-        """The agents that a manager before wrote down: known, and not heard yet."""
-        self.members = {name: Member(spec) for name, spec in specs.items()}
+    def restore(
+        self, specs: Mapping[str, ReplicaSpec], now_s: float, models: Mapping[str, LoadedModel] | None = None
+    ) -> None:
+        """The agents that the manager before wrote down, and what predicts them, where known: not heard yet."""
+        models = models or {}
+        self.members = {name: Member(spec, None, models.get(name)) for name, spec in specs.items()}
         self._heard_s = dict.fromkeys(self.members, now_s)
 
-    def take_in(self, registration: Registration, agent: Any, model: LoadedModel | None, now_s: float) -> None:
+    def take_in(self, spec: ReplicaSpec, managed: Iterable[NodeGpu], model: LoadedModel | None, now_s: float) -> None:
         """An agent that the ledger has welcomed, its replica's first or another one; and what predicts the replica."""
-        spec = registration.spec
-        for gpu in registration.managed:
+        for gpu in managed:
             known_device = self.devices.get(gpu.info.uuid)
             if known_device is None or known_device.node_id != spec.node_id:  # or its node came back under another id
                 self.devices[gpu.info.uuid] = Device(spec.node_id, gpu, gpu.limit_w, 0.0)
         known = self.members.get(spec.replica_id)
         self.members[spec.replica_id] = Member(spec, known.beat if known else None, model)
-        self.handles[spec.replica_id] = agent
         self._heard_s[spec.replica_id] = now_s
 
-    def claimed(self, spec: AgentSpec) -> None:
+    def claimed(self, spec: ReplicaSpec) -> None:
         """A member's spec, now with the GPUs that its ranks hold."""
         self.members[spec.replica_id] = replace(self.members[spec.replica_id], spec=spec)
 
@@ -62,8 +60,8 @@ class Roster:
 
     def forget(self, replica_id: str) -> None:
         """A replica has gone for good."""
-        for book in (self.members, self.handles, self._heard_s):
-            book.pop(replica_id, None)
+        self.members.pop(replica_id, None)
+        self._heard_s.pop(replica_id, None)
 
     def forget_node(self, node_id: str) -> list[str]:
         """A node has gone for good, its replicas and GPUs with it; the replicas that there were."""
@@ -85,16 +83,6 @@ class Roster:
             for name, m in self.members.items()
             if m.model is not None
         }
-
-    @property
-    def specs(self) -> dict[str, AgentSpec]:
-        """What each agent is made from, to be written down."""
-        return {name: member.spec for name, member in self.members.items()}
-
-    @property
-    def node_keys(self) -> dict[str, str]:
-        """The key of each node with a member, by node id."""
-        return {member.spec.node_id: member.spec.node_key for member in self.members.values()}
 
     @property
     def errors(self) -> tuple[str, ...]:

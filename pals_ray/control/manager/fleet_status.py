@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pals_ray.control.budget.moving_budget import FleetWatts
 from pals_ray.control.ledger.ledger import Ledger
-from pals_ray.control.messages import ReplicaView
+from pals_ray.control.messages import Beat, NodeGpu, ReplicaSpec, ReplicaView
 from pals_ray.control.replica.latency_feedback import TailFactors
 from pals_ray.control.slo import by_priority
 from pals_ray.control.snapshot import FleetSnapshot
 from pals_ray.models.lookup import LoadedModel
-from pals_ray.runtime.messages import AgentSpec, Beat, NodeGpu
 from pals_ray.types import (
     BudgetSource,
     FleetStatus,
@@ -34,7 +32,7 @@ class Member:
     """One replica's agent as the manager knows it: what it was made from, its last beat (None before the first), and
     what predicts its replica (None: nothing)."""
 
-    spec: AgentSpec
+    spec: ReplicaSpec
     beat: Beat | None = None
     model: LoadedModel | None = None
 
@@ -99,14 +97,21 @@ def measured_w(ledger: Ledger, devices: Mapping[str, Device]) -> float:
     return sum(node.overhead.charge_w(gpu_w.get(node.node_id, 0.0), 1, 1) for node in ledger.nodes())
 
 
-def fleet_watts(ledger: Ledger, devices: Mapping[str, Device], now_s: float) -> FleetWatts:
-    """What a schedule or signal has to know of the fleet. Its draw is not known while an agent is not heard."""
-    heard = not any(view.silent for view in ledger.replicas(now_s)) and bool(devices)
-    return FleetWatts(
-        needed_w=ledger.needed_w(now_s),
-        occupied_w=ledger.reserved_w() + ledger.config.reserve_w,
-        drawn_w=measured_w(ledger, devices) if heard else None,
-    )
+def fleet_notes(ledger: Ledger, source: BudgetSource, configured_w: float | None, now_s: float) -> tuple[str, ...]:
+    """What an operator should know of budget and nodes, a sentence each.
+
+    `configured_w` is the budget of the fleet file, W; None where something moves it.
+    """
+    notes = [] if source.warning is None else [source.warning]
+    if configured_w is not None and ledger.budget_w != configured_w:
+        notes.append(f"the budget was set to {ledger.budget_w:g} W since; the configuration says {configured_w:g} W")
+    rebuilding, why = ledger.rebuilding(now_s)
+    if rebuilding:
+        notes.append(why)
+    lost = [node.node_id[:8] for node in ledger.nodes() if node.lost]
+    if lost:
+        notes.append(f"node {', '.join(lost)} cannot be reached: its GPUs stay charged what they last had")
+    return tuple(notes)
 
 
 def fleet_status(

@@ -1,4 +1,4 @@
-from pals_ray.runtime.manager.agent_replacement import HANGS_S, hangs
+from pals_ray.control.manager.silent_agents import HANGS_S, hangs
 
 
 def test_an_agent_that_was_silent_for_too_long_hangs():

@@ -1,4 +1,4 @@
-"""An agent's hands: reads and caps GPUs in threads, since a driver call may take tens of ms."""
+"""Reads and caps an agent's GPUs in threads, since a driver call may take tens of ms."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from pals_ray.control.messages import NodeGpu
 from pals_ray.gpus.base import Gpu, GpuDriver, GpuError, GpuLostError, GpuUnsupportedError
-from pals_ray.runtime.messages import NodeGpu
 from pals_ray.types import GpuState
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class DrawMeter:
         return drawn_w
 
 
-class Devices:
+class GpuAccess:
     """The GPUs of a node, called concurrently. A GPU that fails is left out of an answer, and its error kept."""
 
     def __init__(self, driver: GpuDriver) -> None:
