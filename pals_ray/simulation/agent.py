@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from pals_ray.control.ledger.accounts import SAME_LIMIT_W
 from pals_ray.control.ledger.charge import ChargeTerms
 from pals_ray.control.ledger.lease import LeaseState, Outcome, accept, ceiling_w, fence, tick
+from pals_ray.control.ledger.reservations import SAME_LIMIT_W
 from pals_ray.control.messages import AgentReport, Hello, ParkOrder, Reply
 from pals_ray.control.replica.latency_feedback import TailFactors
 from pals_ray.control.replica.replica_controller import ReplicaController

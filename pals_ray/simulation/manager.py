@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from pals_ray.control.allocation.fleet_division import serving, targets_tokens_per_s
 from pals_ray.control.allocation.policy_runner import PolicyRunner
-from pals_ray.control.ledger.feasibility import LedgerConfig
+from pals_ray.control.allocation.policy_shares import serving, targets_tokens_per_s
+from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.messages import Commands, Hello, NodeInfo, NodeMemo, ReplicaView, Reply
 from pals_ray.control.replica.latency_feedback import TailFactors

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pals_ray.config.fleet import ConfigError, FleetConfig, TargetConfig, explain
-from pals_ray.control.ledger.feasibility import LedgerConfig
+from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.messages import ManagedGpu, NodeInfo, NodeMemo
 from pals_ray.errors import InfeasibleBudget

@@ -16,8 +16,8 @@ from typing import Any
 
 from pals_ray.config.fleet import FleetConfig
 from pals_ray.config.policy_path import load_policy
-from pals_ray.control.allocation.fleet_division import serving, targets_tokens_per_s
 from pals_ray.control.allocation.policy_runner import PolicyRunner
+from pals_ray.control.allocation.policy_shares import serving, targets_tokens_per_s
 from pals_ray.control.allocation.replica_parking import ReplicaParking
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.messages import AgentReport, Commands, NodeInfo, Reply

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from pals_ray.control.ledger.charge import ChargeTerms
-from pals_ray.control.ledger.feasibility import LedgerConfig
+from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.ledger.lease import LeaseState, Outcome, accept, ceiling_w, fence, tick
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.messages import (
