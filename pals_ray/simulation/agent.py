@@ -15,7 +15,7 @@ from pals_ray.control.agent.commands import (
     SetBatchLimit,
     SetGroupCap,
 )
-from pals_ray.control.ledger.accounts import SAME_LIMIT_W
+from pals_ray.control.ledger.reservations import SAME_LIMIT_W
 from pals_ray.control.messages import Answer, Beat, Hello, ReplicaSpec
 from pals_ray.control.replica.replica_controller import ReplicaController
 from pals_ray.control.telemetry import Reading

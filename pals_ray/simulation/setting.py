@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pals_ray.control.budget.regulation import Signal
 from pals_ray.control.budget.schedule import Schedule
 from pals_ray.control.budget.signal_following import Following
-from pals_ray.control.ledger.feasibility import LedgerConfig
+from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.manager.deployment import DeployedModel, Deployment
 from pals_ray.control.replica.controller_state import ControllerConfig
 from pals_ray.control.snapshot import Domain, Overhead, Policy

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pals_ray.control.ledger.accounts import SAME_LIMIT_W, Accounts, Gpu, Node, readings_w
+from pals_ray.control.ledger.reservations import SAME_LIMIT_W, Gpu, Node, Reservations, readings_w
 from pals_ray.control.messages import AgentReport, ParkOrder
 
 
-def free(accounts: Accounts, node: Node, gpus: Iterable[Gpu], epoch: int, now_s: float, silent_s: float) -> None:
+def free(accounts: Reservations, node: Node, gpus: Iterable[Gpu], epoch: int, now_s: float, silent_s: float) -> None:
     """GPUs that nobody holds any more are to be parked: only what is read after the order that now goes out counts."""
     seq = accounts.next_seq()
     for gpu in gpus:
@@ -18,7 +18,7 @@ def free(accounts: Accounts, node: Node, gpus: Iterable[Gpu], epoch: int, now_s:
     order(accounts, node, epoch, now_s, silent_s)
 
 
-def order(accounts: Accounts, node: Node, epoch: int, now_s: float, silent_s: float) -> None:
+def order(accounts: Reservations, node: Node, epoch: int, now_s: float, silent_s: float) -> None:
     """Renew a node's park order where its free GPUs, or the agent that carries it out, have changed."""
     before = node.park
     executor = before.executor if before is not None else ""
@@ -34,7 +34,7 @@ def order(accounts: Accounts, node: Node, epoch: int, now_s: float, silent_s: fl
         node.park = ParkOrder(node.info.node_id, executor, epoch, accounts.next_seq(), limits_w)
 
 
-def read(accounts: Accounts, node: Node, report: AgentReport, epoch: int, now_s: float) -> None:
+def read(accounts: Reservations, node: Node, report: AgentReport, epoch: int, now_s: float) -> None:
     """Take note of what an agent read on the free GPUs of its node."""
     park_epoch, seq = report.parking
     if park_epoch != epoch:

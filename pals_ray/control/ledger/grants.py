@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pals_ray.control.ledger.accounts import SAME_LIMIT_W, Accounts, Replica, readings_w
 from pals_ray.control.ledger.charge import EPS_W
-from pals_ray.control.ledger.feasibility import Want
+from pals_ray.control.ledger.feasible_charges import WantedCharge
+from pals_ray.control.ledger.reservations import SAME_LIMIT_W, Replica, Reservations, readings_w
 from pals_ray.control.messages import AgentReport
 from pals_ray.control.snapshot import Share
 from pals_ray.types import Grant
@@ -13,7 +13,7 @@ from pals_ray.types import Grant
 class GrantIssuer:
     """Issues the grants of one manager (`epoch`), each leased for `lease_s`."""
 
-    def __init__(self, accounts: Accounts, epoch: int, lease_s: float, least_raise_w: float) -> None:
+    def __init__(self, accounts: Reservations, epoch: int, lease_s: float, least_raise_w: float) -> None:
         self._accounts = accounts
         self._epoch = epoch
         self._lease_s = lease_s
@@ -49,7 +49,7 @@ class GrantIssuer:
         charge_w = max(min(replica.grant.charge_w, terms.charge_w(cap_w)), terms.least_charge_w)
         return self.issue(replica, charge_w, reason, now_s)
 
-    def raise_(self, want: Want, now_s: float) -> tuple[Grant | None, str | None]:
+    def raise_(self, want: WantedCharge, now_s: float) -> tuple[Grant | None, str | None]:
         """Raise a replica as far as free watts go, or only change what its grant pins; and why no further, or None."""
         replica, share, grant = want.replica, want.share, want.replica.grant
         charge_w, why_not = grant.charge_w, None
@@ -90,7 +90,7 @@ class GrantIssuer:
         self._accounts.recharge(replica)
         _watch(replica, now_s)
 
-    def _affordable(self, want: Want) -> tuple[float, str | None]:
+    def _affordable(self, want: WantedCharge) -> tuple[float, str | None]:
         """How far a replica's charge may rise now, W, and why no further (None: all the way)."""
         replica, now_w = want.replica, want.replica.grant.charge_w
         if want.fixed is not None and (replica.may_set or replica.node.lost):

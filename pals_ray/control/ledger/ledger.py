@@ -36,12 +36,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from pals_ray.control.ledger import feasibility, gpu_parking, membership, saved_state
-from pals_ray.control.ledger.accounts import Node, Replica, readings_w
+from pals_ray.control.ledger import feasible_charges, gpu_parking, membership, saved_state
 from pals_ray.control.ledger.charge import EPS_W
-from pals_ray.control.ledger.feasibility import LedgerConfig
+from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.ledger.grants import GrantIssuer
-from pals_ray.control.ledger.ledger_views import LedgerViews
+from pals_ray.control.ledger.ledger_queries import LedgerQueries
+from pals_ray.control.ledger.reservations import Node, Replica, readings_w
 from pals_ray.control.messages import (
     AgentReport,
     Commands,
@@ -57,7 +57,7 @@ from pals_ray.control.snapshot import Domain, Share
 from pals_ray.errors import InfeasibleBudget
 
 
-class Ledger(LedgerViews):
+class Ledger(LedgerQueries):
     """Grants watts so that what is reserved, silent replicas and parked GPUs included, is within every budget."""
 
     def __init__(
@@ -259,7 +259,7 @@ class Ledger(LedgerViews):
         rebuilding, reason = self.rebuilding(now_s)
         self.raise_due, self._waiting = False, {}
         cuts, raises = [], []
-        for want in feasibility.wants(self._accounts, self._shares, now_s, self.config, keep=rebuilding):
+        for want in feasible_charges.wanted_charges(self._accounts, self._shares, now_s, self.config, keep=rebuilding):
             if want.replica.session == 0:
                 # What the last manager granted is known only by its bound: a cut from there could still be a raise.
                 self._waiting[want.replica.replica_id] = "its agent has not been heard since this manager started"
@@ -371,7 +371,7 @@ class Ledger(LedgerViews):
 
     def _check_budgets(self, now_s: float, what: str, domain: str | None = None) -> None:
         """`InfeasibleBudget` where a budget is under what is needed; looks at the fleet first, or at `domain`."""
-        needed = feasibility.needed_w(self._accounts, now_s, self.config)
+        needed = feasible_charges.needed_w(self._accounts, now_s, self.config)
         for name in (domain, *reversed(self._accounts.inner_first)):
             reserve_w = self.config.reserve_w if name is None else 0.0
             budget_w = self._accounts.budgets_w[name]

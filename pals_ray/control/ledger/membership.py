@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pals_ray.control.ledger.accounts import Accounts, Node, Replica
+from pals_ray.control.ledger.reservations import Node, Replica, Reservations
 from pals_ray.control.messages import GpuHeldError, Hello, LedgerError, NodeInfo
 from pals_ray.types import Grant
 
 
-def take_over(accounts: Accounts, info: NodeInfo, now_s: float, silent_s: float) -> tuple[Node, bool]:
+def take_over(accounts: Reservations, info: NodeInfo, now_s: float, silent_s: float) -> tuple[Node, bool]:
     """Open a node's books, and whether its GPUs were charged before: then under a dead node, closed with this.
 
     They come back at whatever they were charged there, or as found where that is more. `LedgerError` where agents of
@@ -32,7 +32,7 @@ def take_over(accounts: Accounts, info: NodeInfo, now_s: float, silent_s: float)
     return accounts.insert_node(info, limits_w), bool(before)
 
 
-def register(accounts: Accounts, hello: Hello, node: Node, epoch: int, lease_s: float) -> Replica:
+def register(accounts: Reservations, hello: Hello, node: Node, epoch: int, lease_s: float) -> Replica:
     """Enter a new replica: GPUs are promised to it and stay parked until it claims them."""
     free = node.free
     left = len(free) - sum(replica.num_gpus for replica in node.replicas.values() if not replica.gpus)
@@ -68,7 +68,7 @@ def check_held(replica: Replica, limits_w: Mapping[str, float], verb: str) -> No
         raise LedgerError(f"replica {replica.replica_id} holds {', '.join(held)}, but {verb} {', '.join(limits_w)}")
 
 
-def take(accounts: Accounts, replica: Replica, limits_w: Mapping[str, float]) -> None:
+def take(accounts: Reservations, replica: Replica, limits_w: Mapping[str, float]) -> None:
     """Move free GPUs to a replica, at the limits read by its agent or what they were charged, if that is more."""
     node = replica.node
     for uuid in limits_w:

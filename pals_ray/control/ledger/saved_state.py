@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from pals_ray.control.ledger.accounts import Accounts, Replica
+from pals_ray.control.ledger.reservations import Replica, Reservations
 from pals_ray.control.messages import NodeMemo, ReplicaMemo
 from pals_ray.types import Grant
 
 
-def memo(accounts: Accounts) -> tuple[NodeMemo, ...]:
+def memo(accounts: Reservations) -> tuple[NodeMemo, ...]:
     """Every node with the highest limit that each GPU may have, or get by orders already sent."""
     found = []
     for node in accounts.nodes.values():
@@ -26,7 +26,7 @@ def memo(accounts: Accounts) -> tuple[NodeMemo, ...]:
     return tuple(found)
 
 
-def restore(accounts: Accounts, known: Iterable[NodeMemo], epoch: int, now_s: float, lease_s: float) -> None:
+def restore(accounts: Reservations, known: Iterable[NodeMemo], epoch: int, now_s: float, lease_s: float) -> None:
     """Open the books with what was written down: every replica silent, every GPU charged its highest limit."""
     for entry in known:
         node = accounts.insert_node(entry.node, {gpu.uuid: gpu.limit_w for gpu in entry.node.gpus})

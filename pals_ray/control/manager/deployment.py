@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from pals_ray.control.ledger.feasibility import LedgerConfig
+from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.messages import ManagedGpu, NodeInfo, NodeMemo, Registration
 from pals_ray.control.snapshot import Domain, Overhead, Policy

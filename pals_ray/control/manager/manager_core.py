@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from pals_ray.control.allocation.fleet_division import serving, targets_tokens_per_s
 from pals_ray.control.allocation.measurement_holds import MeasurementHolds
 from pals_ray.control.allocation.policy_runner import PolicyRunner
+from pals_ray.control.allocation.policy_shares import serving, targets_tokens_per_s
 from pals_ray.control.budget.moving_budget import BudgetMover, BudgetPlan, FleetWatts
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.manager import measurement

@@ -7,21 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pals_ray.control.allocation.replica_menu import (
-    BUSY_SIGMAS,
-    IntArray,
-    Surface,
-    ask,
-    best_batch,
-    implied_batch,
-    latency_met,
-)
-from pals_ray.control.replica.batch_sizes import graph_sizes
+from pals_ray.control.replica.batch_choice import IntArray, best_batch, graph_sizes, implied_batch
+from pals_ray.control.replica.prediction import BUSY_SIGMAS, Surface, latency_score, predict_at
 from pals_ray.models.power_model import FloatArray, PowerModel
 from pals_ray.types import Target
 
 #: Caps asked of a model at a decision, at most, beside the ceiling and the present one.
-CAPS = 50
+CAP_STEPS = 50
 #: So many there are always places for: a place too many costs hardly any ITL, each that is short a wait.
 ROOM_SIGMAS = 4.0
 #: Shares nearer than this are the same.
@@ -31,7 +23,7 @@ EPS = 1e-9
 def cap_axis_w(min_limit_w: float, ceiling_w: float, max_limit_w: float, present_w: float) -> FloatArray:
     """The caps to choose from, W, ascending: whole-watt steps of a 50th of the device's range up to the ceiling, finer
     around the present cap, where feedback settles; ceiling and present cap are among them."""
-    step_w = max(1.0, float(np.ceil((max_limit_w - min_limit_w) / CAPS)))
+    step_w = max(1.0, float(np.ceil((max_limit_w - min_limit_w) / CAP_STEPS)))
     grid = np.arange(min_limit_w, ceiling_w, step_w)
     near = np.round(np.array([-step_w / 2, -step_w / 4, -step_w / 8, 0.0, step_w / 8, step_w / 4, step_w / 2]))
     around = np.minimum(np.maximum(present_w + near, min_limit_w), ceiling_w)
@@ -42,7 +34,7 @@ def cap_axis_w(min_limit_w: float, ceiling_w: float, max_limit_w: float, present
 
 def ask_points(model: PowerModel, cap_w: FloatArray, max_batch: int) -> Surface:
     """The model's answers at these caps x all graph sizes up to `max_batch`, in one call."""
-    return ask(model, cap_w, np.array(graph_sizes(max_batch), dtype=np.float64))
+    return predict_at(model, cap_w, np.array(graph_sizes(max_batch), dtype=np.float64))
 
 
 def corrected(on: Surface, need: float, itl: float, ttft: float) -> Surface:
@@ -109,7 +101,7 @@ def points(
     `slowest_itl_s`, with the mean of what is going to run or what runs now, makes a cap worse, but lowers no batch.
     """
     caps = np.arange(len(on.cap_w))
-    itl_met = latency_met(replace(target, ttft_p99_s=None), on)
+    itl_met = latency_score(replace(target, ttft_p99_s=None), on)
     share, implied, _ = best_batch(on, demand, wanted, itl_met)
     if pin_batch_limit is None:
         capacity = on.capacity_tokens_per_s

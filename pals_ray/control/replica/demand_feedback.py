@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from pals_ray.control.allocation.replica_menu import Surface, with_queue_tokens_per_s
 from pals_ray.control.replica.candidates import corrected
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
 from pals_ray.control.replica.latency_feedback import follow
+from pals_ray.control.replica.prediction import Surface
 from pals_ray.control.replica.throughput_feedback import correct
 from pals_ray.models.power_model import FloatArray
+from pals_ray.types import ReplicaTelemetry
 
 
 def with_feedback(
@@ -80,12 +81,32 @@ def with_feedback(
     pressed = point is not None and telemetry.running >= config.pressed * point.batch_limit
     demand = max(steady, rush) if queue or pressed else steady
     if queue or (telemetry.waiting > 0 and not busy):
-        demand = with_queue_tokens_per_s(demand, telemetry, on)
+        demand = demand_with_queue_tokens_per_s(demand, telemetry, on)
     if rising:
         together = telemetry.running + telemetry.waiting
         demand = max(demand, float(np.interp(together, batch, on.capacity_tokens_per_s[-1])))
     target = seen.target.throughput_tokens_per_s
     return state, on, demand, demand if target is None else min(demand, target)
+
+
+def demand_with_queue_tokens_per_s(demand: float, seen: ReplicaTelemetry, on: Surface) -> float:
+    """What a replica is to serve now, tokens/s: its demand, and more where requests wait or soon may.
+
+    Those who wait are to be let in within the time that those who run, half done on average, have still to go; and
+    never faster than the engine could make of all of them. A short queue so asks for a little more than arrives, not
+    for all that a full batch makes, which others would have to do without. What runs varies as a Poisson number does:
+    those who would be one deviation above the batch limit count as waiting already.
+    """
+    limit = float(on.batch[-1])
+    inside = seen.running + seen.waiting
+    waiting = max(float(seen.waiting), inside + float(np.sqrt(seen.running)) - limit)
+    if waiting <= 0.0:
+        return demand
+    together = int(np.searchsorted(on.batch, min(inside, limit)))
+    fastest = max(demand, float(on.capacity_tokens_per_s[-1, together]))
+    if seen.running == 0 or demand <= 0.0:
+        return fastest
+    return min(demand * (1.0 + 2.0 * waiting / seen.running), fastest)
 
 
 def _error(state: ControllerState, seen: Situation, config: ControllerConfig) -> float | None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
-from pals_ray.control.replica.batch_sizes import graph_sizes, snap
 from pals_ray.control.replica.candidates import EPS, Points
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
 
@@ -71,23 +68,3 @@ def _draining(state: ControllerState, seen: Situation, config: ControllerConfig)
     if state.shed_s is None or state.point is None or seen.now_s - state.shed_s >= config.drain_s:
         return False
     return seen.telemetry.running > state.point.batch_limit
-
-
-def paced_limit(state: ControllerState, seen: Situation, config: ControllerConfig, present: int, wanted: int) -> int:
-    """The batch limit after dwell: lower sooner than higher."""
-    since_s = seen.now_s - state.batch_changed_s
-    return wanted if since_s >= (config.raise_dwell_s if wanted < present else config.cut_dwell_s) else present
-
-
-def heed_kv(state: ControllerState, seen: Situation, config: ControllerConfig) -> ControllerState:
-    """A full KV cache makes the engine preempt, and compute twice: fewer at once; more again once it has room."""
-    telemetry = seen.telemetry
-    if seen.now_s - state.kv_changed_s < config.kv_hold_s:
-        return state
-    limit = state.kv_limit
-    if telemetry.kv_use >= config.kv_high and telemetry.running > 1:
-        limit = snap((1.0 - config.kv_step) * telemetry.running, seen.max_batch)
-    elif telemetry.kv_use <= config.kv_low and limit is not None:
-        limit = next((size for size in graph_sizes(seen.max_batch) if size > limit), None)
-        limit = None if limit is None or limit >= seen.max_batch else limit
-    return state if limit == state.kv_limit else replace(state, kv_limit=limit, kv_changed_s=seen.now_s)

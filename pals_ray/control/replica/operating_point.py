@@ -22,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 
 from pals_ray.control.ledger.charge import ChargeTerms
-from pals_ray.control.replica.batch_sizes import snap
+from pals_ray.control.replica.batch_choice import limit_under_kv_pressure, paced_limit, snap
 from pals_ray.control.replica.candidates import EPS, ask_points, cap_axis_w, points
 from pals_ray.control.replica.controller_state import (
     ControllerConfig,
@@ -32,7 +32,7 @@ from pals_ray.control.replica.controller_state import (
     Situation,
 )
 from pals_ray.control.replica.demand_feedback import with_feedback
-from pals_ray.control.replica.hysteresis import heed_kv, move, paced_limit, with_hysteresis
+from pals_ray.control.replica.hysteresis import move, with_hysteresis
 from pals_ray.control.replica.latency_feedback import within_reach
 from pals_ray.types import Expected, OperatingPoint, Target
 
@@ -48,7 +48,7 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig | N
     cut = present_w > seen.ceiling_w + EPS
     if cut:
         state = replace(state, shed_s=seen.now_s)
-    state = heed_kv(state, seen, config)
+    state = limit_under_kv_pressure(state, seen, config)
     batch = state.point.batch_limit if state.point else seen.max_batch
     if seen.model is None:
         limit = seen.max_batch if seen.pin_batch_limit is None else seen.pin_batch_limit

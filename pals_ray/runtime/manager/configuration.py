@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pals_ray.config.fleet import ConfigError, FleetConfig, TargetConfig, explain
 from pals_ray.config.policy_path import load_policy
 from pals_ray.control.allocation.replica_parking import ReplicaParking
-from pals_ray.control.ledger.feasibility import LedgerConfig
+from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.manager.deployment import DeployedModel, Deployment
 from pals_ray.types import Target
 

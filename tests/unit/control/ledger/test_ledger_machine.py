@@ -23,10 +23,10 @@ from hypothesis.stateful import (
 )
 
 from pals_ray.control.agent import agent_core
-from pals_ray.control.ledger import feasibility, saved_state
-from pals_ray.control.ledger.accounts import Accounts, Gpu, Replica
+from pals_ray.control.ledger import feasible_charges, saved_state
 from pals_ray.control.ledger.lease import LeaseState, Outcome
 from pals_ray.control.ledger.ledger import Ledger
+from pals_ray.control.ledger.reservations import Gpu, Replica, Reservations
 from pals_ray.control.manager.commands import Command
 from pals_ray.control.manager.dispatch import Dispatch
 from pals_ray.control.snapshot import Domain, Overhead
@@ -412,8 +412,8 @@ def restart_with_empty_books(*args: object) -> None:
     """rebuild.restore: a new manager starts from nothing."""
 
 
-def leave_without_confirmation(accounts: Accounts, replica: Replica) -> None:
-    """Accounts.remove_replica: GPUs count as parked as soon as their replica has left."""
+def leave_without_confirmation(accounts: Reservations, replica: Replica) -> None:
+    """Reservations.remove_replica: GPUs count as parked as soon as their replica has left."""
     orders, replica.orders = replica.orders, []
     for gpu in replica.gpus:
         gpu.limit_w = gpu.info.min_limit_w
@@ -427,19 +427,19 @@ def raises_go_before_the_disk(dispatch: Dispatch, ledger: Ledger) -> tuple[Comma
     return ()
 
 
-WHY_FIXED = feasibility.why_fixed
-REMOVE_REPLICA = Accounts.remove_replica
+WHY_FIXED = feasible_charges.why_fixed
+REMOVE_REPLICA = Reservations.remove_replica
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "defect"),
     [
         (Replica, "bound_w", raise_before_confirm),
-        (feasibility, "why_fixed", forget_the_silent),
+        (feasible_charges, "why_fixed", forget_the_silent),
         (agent_core, "accept", obey_old_numbers),
         (agent_core, "fence", obey_old_managers),
         (saved_state, "restore", restart_with_empty_books),
-        (Accounts, "remove_replica", leave_without_confirmation),
+        (Reservations, "remove_replica", leave_without_confirmation),
         (Dispatch, "write", raises_go_before_the_disk),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from pals_ray.cli.status_table import budget_line, status_view
-from pals_ray.control.ledger.feasibility import LedgerConfig
+from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.manager.fleet_status import (
     Device,

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pals_ray.control.allocation.budget_tree import BudgetTree, FloatArray, IntArray
-from pals_ray.control.allocation.menu_table import Menus
-from pals_ray.control.allocation.prices import own_price
+from pals_ray.control.allocation.large_fleet_division import own_price
+from pals_ray.control.allocation.menu_table import MenuTable
 
 #: Values closer than this are the same.
 TOLERANCE = 1e-9
@@ -72,7 +72,9 @@ def _replica_options(extra_w: FloatArray, value: FloatArray, loss: FloatArray, g
     return _Options(extra_w[index].astype(np.int64), value[index], index)
 
 
-def solve_exactly(menus: Menus, tree: BudgetTree, price: FloatArray, net: FloatArray, incumbent: IntArray) -> IntArray:
+def solve_exactly(
+    menus: MenuTable, tree: BudgetTree, price: FloatArray, net: FloatArray, incumbent: IntArray
+) -> IntArray:
     """The optimum (n,), never worse than `incumbent`.
 
     `net` (n, p) is value less watts at the price (nodes,) of each replica's node. Every point and every partial sum

@@ -8,21 +8,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pals_ray.control.allocation.adoption import adoption
-from pals_ray.control.allocation.allocator import FleetDivision, Solver, divide, solve
+from pals_ray.control.allocation.budget_division import FleetDivision, Solver, divide, solve
 from pals_ray.control.allocation.budget_tree import BudgetTree, FloatArray, IntArray, bounds_w, fill_evenly
-from pals_ray.control.allocation.menu_table import Menus
+from pals_ray.control.allocation.division_adoption import adoption
+from pals_ray.control.allocation.menu_table import MenuTable
 from pals_ray.control.allocation.replica_menu import (
     BINDING,
-    CAPS,
     HEADROOM,
     VALUE_PER_W,
     ReplicaMenu,
-    Surface,
     most_charge_w,
     replica_menu,
-    surface,
 )
+from pals_ray.control.replica.prediction import MENU_CAPS, Surface, predict_range
 from pals_ray.control.snapshot import FleetSnapshot, ReplicaSnapshot, Share
 from pals_ray.models.power_model import PowerModel
 
@@ -39,7 +37,7 @@ class FleetMenus:
     """All replicas' menus, in the snapshot's order, over the tree of budgets."""
 
     replicas: tuple[ReplicaMenu, ...]
-    menus: Menus
+    menus: MenuTable
     tree: BudgetTree
     least_w: FloatArray
     most_w: FloatArray
@@ -50,7 +48,7 @@ class FleetMenus:
     def of(
         cls, snapshot: FleetSnapshot, models: Mapping[str, PowerModel], pin_batch_limit: int | None = None
     ) -> FleetMenus:
-        """Menus of a fleet of at least one replica; `models` by replica id, else by model name."""
+        """MenuTable of a fleet of at least one replica; `models` by replica id, else by model name."""
         targets = targets_tokens_per_s(snapshot)
         surfaces: dict[tuple[int, float, float, int], Surface] = {}
         menus = []
@@ -61,12 +59,12 @@ class FleetMenus:
                 continue
             key = (id(model), r.min_limit_w, r.max_limit_w, r.max_batch)
             if key not in surfaces:
-                surfaces[key] = surface(model, r.min_limit_w, r.max_limit_w, r.max_batch)
+                surfaces[key] = predict_range(model, r.min_limit_w, r.max_limit_w, r.max_batch)
             menus.append(replica_menu(r, surfaces[key], targets[r.replica_id], pin_batch_limit))
         least_w, _ = bounds_w(snapshot)
         return cls(
             tuple(menus),
-            Menus(np.array([m.extra_w for m in menus]), np.array([m.value for m in menus])),
+            MenuTable(np.array([m.extra_w for m in menus]), np.array([m.value for m in menus])),
             BudgetTree.of(snapshot),
             least_w,
             least_w + np.array([m.most_extra_w for m in menus]),
@@ -206,7 +204,7 @@ def _unmodelled(replica: ReplicaSnapshot) -> ReplicaMenu:
     """Without a model every watt up to its natural draw counts alike."""
     natural_w = replica.natural_draw_w or replica.num_gpus * replica.max_limit_w / (1 + HEADROOM)
     most_extra_w = float(np.floor(most_charge_w(replica, natural_w) - replica.least_charge_w))
-    share = np.linspace(0.0, 1.0, CAPS)
+    share = np.linspace(0.0, 1.0, MENU_CAPS)
     extra_w = np.floor(share * most_extra_w)
     value = replica.target.weight * share - VALUE_PER_W * (replica.least_charge_w + extra_w)
     floor = int(np.searchsorted(extra_w, min(replica.target.burst_floor_w - replica.least_charge_w, most_extra_w)))

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from pals_ray.control.ledger import feasibility
-from pals_ray.control.ledger.accounts import Accounts, Node, Replica
+from pals_ray.control.ledger import feasible_charges
 from pals_ray.control.ledger.charge import EPS_W, ChargeTerms
-from pals_ray.control.ledger.feasibility import LedgerConfig, why_fixed
+from pals_ray.control.ledger.feasible_charges import LedgerConfig, why_fixed
+from pals_ray.control.ledger.reservations import Node, Replica, Reservations
 from pals_ray.control.messages import InForce, NodeView, ReplicaView
 from pals_ray.control.snapshot import Domain, FleetSnapshot, ReplicaSnapshot
 from pals_ray.types import Grant
 
 
-def in_force(accounts: Accounts, now_s: float) -> InForce:
+def in_force(accounts: Reservations, now_s: float) -> InForce:
     """Whether all that is reserved is within every budget; whose release is awaited, as replica or node names."""
     since_s = {name: replica.waiting_since_s for name, replica in accounts.replicas.items()}
     since_s.update((name, node.unparked_since_s) for name, node in accounts.nodes.items())
@@ -75,13 +75,13 @@ def node_view(node: Node) -> NodeView:
     )
 
 
-class LedgerViews:
+class LedgerQueries:
     """What can be read from a ledger; reading changes nothing."""
 
     def __init__(self, config: LedgerConfig, budget_w: float, domains: Iterable[Domain]) -> None:
         self.config = config
         self._budget_w = budget_w
-        self._accounts = Accounts(budget_w - config.reserve_w, domains)
+        self._accounts = Reservations(budget_w - config.reserve_w, domains)
         self._waiting: dict[str, str] = {}
 
     @property
@@ -91,7 +91,7 @@ class LedgerViews:
 
     def needed_w(self, now_s: float, domain: str | None = None) -> float:
         """The least budget that `set_budget` would take now, W (the fleet's with its reserve)."""
-        needed_w = feasibility.needed_w(self._accounts, now_s, self.config)[domain]
+        needed_w = feasible_charges.needed_w(self._accounts, now_s, self.config)[domain]
         return needed_w + (self.config.reserve_w if domain is None else 0.0)
 
     def in_force(self, now_s: float) -> InForce:
@@ -120,7 +120,7 @@ class LedgerViews:
         """What free GPUs are going to be charged, by domain (None: outside any), W: for a policy's snapshot."""
         charges_w: dict[str | None, float] = {}
         for node in self._accounts.nodes.values():
-            parked_w = feasibility.parked_plan_w(node, now_s, self.config.confirm_s)
+            parked_w = feasible_charges.parked_plan_w(node, now_s, self.config.confirm_s)
             charges_w[node.info.domain] = charges_w.get(node.info.domain, 0.0) + parked_w
         return charges_w
 
@@ -150,7 +150,7 @@ class LedgerViews:
 
     def unenforced(self, now_s: float) -> str | None:
         """Why the budget cannot be enforced (limits that may not be set exceed it), or None."""
-        strict = feasibility.needed_w(self._accounts, now_s, replace(self.config, allow_unenforced=False))
+        strict = feasible_charges.needed_w(self._accounts, now_s, replace(self.config, allow_unenforced=False))
         for name, budget_w in self._accounts.budgets_w.items():
             if self.config.allow_unenforced and strict[name] > budget_w + EPS_W:
                 where = f"domain {name}" if name is not None else "the fleet"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pals_ray.control.ledger.accounts import Accounts, Node, Replica
 from pals_ray.control.ledger.charge import EPS_W
+from pals_ray.control.ledger.reservations import Node, Replica, Reservations
 from pals_ray.control.snapshot import Share
 
 
@@ -29,7 +29,7 @@ class LedgerConfig:
 
 
 @dataclass(slots=True)
-class Want:
+class WantedCharge:
     """What one replica is to have: its share, clamped to what its GPUs can do and squeezed into the budgets, W."""
 
     replica: Replica
@@ -63,9 +63,9 @@ def parked_plan_w(node: Node, now_s: float, confirm_s: float) -> float:
     return min(node.parked_w, node.parked_least_w())
 
 
-def wants(
-    accounts: Accounts, shares: Mapping[str, Share] | None, now_s: float, config: LedgerConfig, *, keep: bool
-) -> list[Want]:
+def wanted_charges(
+    accounts: Reservations, shares: Mapping[str, Share] | None, now_s: float, config: LedgerConfig, *, keep: bool
+) -> list[WantedCharge]:
     """What each replica with GPUs is to have, in the order of `shares`; squeezed into all budgets.
 
     A replica without a share gets its least charge; with `keep`, or where there are no shares at all, its present one.
@@ -76,7 +76,7 @@ def wants(
         *(name for name in shares if name in accounts.replicas),
         *(n for n in accounts.replicas if n not in shares),
     ]
-    found: list[Want] = []
+    found: list[WantedCharge] = []
     for name in order:
         replica = accounts.replicas[name]
         if not replica.gpus:
@@ -93,19 +93,19 @@ def wants(
         low_w = least_w if replica.may_set else 0.0
         target_w = min(max(target_w, low_w), replica.terms.most_charge_w)
         fixed = why_fixed(replica, now_s, config.silent_s, config.confirm_s)
-        found.append(Want(replica, share, target_w, low_w, fixed, reason))
+        found.append(WantedCharge(replica, share, target_w, low_w, fixed, reason))
     _squeeze(accounts, found, now_s, config)
     return found
 
 
-def _squeeze(accounts: Accounts, found: list[Want], now_s: float, config: LedgerConfig) -> None:
+def _squeeze(accounts: Reservations, found: list[WantedCharge], now_s: float, config: LedgerConfig) -> None:
     """Shrink targets towards the least charges, in proportion, until every domain holds them, inner domains first."""
     room_w = dict(accounts.budgets_w)
     for node in accounts.nodes.values():
         parked_w = parked_plan_w(node, now_s, config.confirm_s)
         for name in node.chain:
             room_w[name] -= parked_w
-    members: dict[str | None, list[Want]] = {name: [] for name in room_w}
+    members: dict[str | None, list[WantedCharge]] = {name: [] for name in room_w}
     for want in found:
         for name in want.replica.node.chain:
             if want.fixed is None:
@@ -126,7 +126,7 @@ def _squeeze(accounts: Accounts, found: list[Want], now_s: float, config: Ledger
                 want.reason = f"{want.reason}; squeezed to {want.target_w:.1f} W: {where} has {room_w[name]:.0f} W left"
 
 
-def needed_w(accounts: Accounts, now_s: float, config: LedgerConfig) -> dict[str | None, float]:
+def needed_w(accounts: Reservations, now_s: float, config: LedgerConfig) -> dict[str | None, float]:
     """The least budget of each domain (None: the fleet) that can be kept now, its reserve aside, W.
 
     Counted at their least charge are the replicas that can be moved; the others at what is reserved for them. Nobody

@@ -140,7 +140,7 @@ class Node:
         return group_terms(self.info.overhead, len(self.gpus), ranges_w, tuple(float(info.floor_w) for info in infos))
 
 
-class Accounts:
+class Reservations:
     """Nodes, replicas and running sums of all that is reserved, by domain (None: the whole fleet), W.
 
     `unsaved` is set by whatever the next manager must know before it takes effect; `next_seq` orders all that is sent.

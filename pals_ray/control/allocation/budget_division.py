@@ -8,19 +8,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pals_ray.control.allocation.budget_tree import BudgetTree, IntArray
-from pals_ray.control.allocation.exact import solve_exactly
-from pals_ray.control.allocation.menu_table import Division, Menus
-from pals_ray.control.allocation.prices import dual_bound, find_prices, surplus
-from pals_ray.control.allocation.rounding import round_up
+from pals_ray.control.allocation.large_fleet_division import dual_bound, find_prices, round_up, surplus
+from pals_ray.control.allocation.menu_table import Division, MenuTable
+from pals_ray.control.allocation.small_fleet_division import solve_exactly
 
 #: Up to so many replicas are divided exactly (tens of ms).
 EXACT_REPLICAS = 64
 
 #: Divides budgets that hold the watts above everybody's first point between menus of one class.
-Solver = Callable[[Menus, BudgetTree], Division]
+Solver = Callable[[MenuTable, BudgetTree], Division]
 
 
-def solve(menus: Menus, tree: BudgetTree) -> Division:
+def solve(menus: MenuTable, tree: BudgetTree) -> Division:
     """The best division of one class: exact up to `EXACT_REPLICAS`, else within a step or so of each binding budget.
 
     `tree.budget_w` is whole watts above the first points, none negative.
@@ -54,7 +53,7 @@ class FleetDivision:
 
 
 def divide(
-    menus: Menus, tree: BudgetTree, priority: IntArray, floor: IntArray, solver: Solver = solve
+    menus: MenuTable, tree: BudgetTree, priority: IntArray, floor: IntArray, solver: Solver = solve
 ) -> FleetDivision:
     """Divide the watts above the least charges: minimum shares first, then classes in order of their priority number.
 
@@ -81,7 +80,7 @@ def divide(
 
 
 def _raise(
-    menus: Menus, tree: BudgetTree, index: IntArray, mine: IntArray, ceiling: IntArray | None, solver: Solver
+    menus: MenuTable, tree: BudgetTree, index: IntArray, mine: IntArray, ceiling: IntArray | None, solver: Solver
 ) -> Division:
     """Raise some replicas from their present points, no further than `ceiling`, while the others stay at theirs."""
     left = tree.above(menus.at(index)[0]).of_rows(mine)
@@ -92,6 +91,6 @@ def _raise(
         point = np.clip(np.arange(menus.value.shape[1]), first[:, None], last[:, None])
         rows = np.arange(len(mine))[:, None]
         extra_w = offered.extra_w[rows, point]
-        offered = Menus(extra_w - extra_w[:, :1], offered.value[rows, point])
+        offered = MenuTable(extra_w - extra_w[:, :1], offered.value[rows, point])
     division = solver(offered, left)
     return replace(division, index=np.clip(division.index, first, last))

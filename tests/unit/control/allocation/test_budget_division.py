@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pals_ray.control.allocation import allocator
-from pals_ray.control.allocation.allocator import divide, solve
+from pals_ray.control.allocation import budget_division
+from pals_ray.control.allocation.budget_division import divide, solve
 from pals_ray.control.allocation.budget_tree import BudgetTree
-from pals_ray.control.allocation.menu_table import Menus
-from pals_ray.control.allocation.prices import dual_bound, find_prices, surplus
+from pals_ray.control.allocation.large_fleet_division import dual_bound, find_prices, surplus
+from pals_ray.control.allocation.menu_table import MenuTable
 
 
 def tree_of(budgets_w, parent, node_of):
@@ -43,7 +43,7 @@ def problems(draw, most_replicas=5, most_points=5):
     node_of = rng.integers(0, 5, n)
     tree = tree_of(np.zeros(5), parent, node_of)
     range_w = tree.subtotals_w(extra_w[:, -1])
-    return Menus(extra_w, value), tree_of(np.floor(range_w * rng.uniform(0, 1.1, 5)), parent, node_of)
+    return MenuTable(extra_w, value), tree_of(np.floor(range_w * rng.uniform(0, 1.1, 5)), parent, node_of)
 
 
 def plain(menus):
@@ -66,7 +66,7 @@ def test_a_small_fleet_gets_the_optimum(problem):
 def test_a_large_fleet_stays_inside_every_budget_and_under_its_bound(problem):
     menus, tree = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(allocator, "EXACT_REPLICAS", 0)
+        patch.setattr(budget_division, "EXACT_REPLICAS", 0)
         rounded = solve(menus, tree)
     extra_w, value = menus.at(rounded.index)
     assert (tree.subtotals_w(extra_w) <= tree.budget_w).all()
@@ -101,7 +101,7 @@ def test_classes_and_shares_keep_every_budget_that_can_be_kept(problem, seed):
 
 
 def test_a_higher_class_is_served_before_a_lower_one_that_values_watts_more():
-    menus = Menus(np.array([[0.0, 100.0], [0.0, 100.0]]), np.array([[0.0, 1.0], [0.0, 5.0]]))
+    menus = MenuTable(np.array([[0.0, 100.0], [0.0, 100.0]]), np.array([[0.0, 1.0], [0.0, 5.0]]))
     tree = tree_of([100], [-1], [0, 0])
     _, floor = plain(menus)
     assert divide(menus, tree, np.array([0, 1]), floor).index.tolist() == [1, 0]
@@ -110,7 +110,7 @@ def test_a_higher_class_is_served_before_a_lower_one_that_values_watts_more():
 
 def test_a_lower_class_keeps_its_minimum_share_while_the_higher_one_is_short():
     ramp_w = np.array([[0.0, 50.0, 100.0]] * 2)
-    menus = Menus(ramp_w, ramp_w / 100)
+    menus = MenuTable(ramp_w, ramp_w / 100)
     tree = tree_of([120], [-1], [0, 0])
     division = divide(menus, tree, np.array([0, 1]), np.array([0, 1]))
     assert division.index.tolist() == [1, 1]
@@ -118,20 +118,20 @@ def test_a_lower_class_keeps_its_minimum_share_while_the_higher_one_is_short():
 
 def test_shares_that_do_not_fit_are_met_in_order_of_priority():
     ramp_w = np.array([[0.0, 50.0, 100.0]] * 3)
-    menus = Menus(ramp_w, ramp_w / 100)
+    menus = MenuTable(ramp_w, ramp_w / 100)
     division = divide(menus, tree_of([110], [-1], [0, 0, 0]), np.array([2, 0, 1]), np.array([1, 1, 1]))
     assert division.index.tolist() == [0, 1, 1]
 
 
 def test_below_a_budget_under_its_least_charges_everybody_stays_at_the_first_point():
-    menus = Menus(np.array([[0.0, 50.0]] * 2), np.array([[0.0, 1.0]] * 2))
+    menus = MenuTable(np.array([[0.0, 50.0]] * 2), np.array([[0.0, 1.0]] * 2))
     tree = tree_of([100, -20], [-1, 0], [0, 1])
     priority, floor = plain(menus)
     assert divide(menus, tree, priority, floor).index.tolist() == [1, 0]
 
 
 def test_each_class_reports_its_value_and_bound():
-    menus = Menus(np.array([[0.0, 50.0]] * 2), np.array([[0.0, 1.0], [0.25, 2.0]]))
+    menus = MenuTable(np.array([[0.0, 50.0]] * 2), np.array([[0.0, 1.0], [0.25, 2.0]]))
     _, floor = plain(menus)
     classes = divide(menus, tree_of([60], [-1], [0, 0]), np.array([0, 7]), floor).classes
     assert [(c.priority, c.value, c.bound) for c in classes] == [(0, 1.0, 1.0), (7, 0.25, 0.25)]
