@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from pals_ray.control.agent import commands
 from pals_ray.control.agent.agent_core import BEAT_S, AgentCore
-from pals_ray.control.agent.commands import (
-    Command,
-    ConfirmGrant,
-    ReadLimits,
-    SayHello,
-    SendBeat,
-    SetBatchLimit,
-    SetGroupCap,
-)
 from pals_ray.control.ledger.reservations import SAME_LIMIT_W
 from pals_ray.control.messages import Answer, Beat, Hello, ReplicaSpec
 from pals_ray.control.replica.replica_controller import ReplicaController
@@ -75,31 +67,32 @@ class Agent:
         """Its node is gone."""
         self._dead = self.silent = True
 
-    def _do(self, commands: tuple[Command, ...], now_s: float) -> None:
+    def _do(self, asked: tuple[commands.Command, ...], now_s: float) -> None:
         """Carry the core's commands out. Parked GPUs are at their lowest limits from the first."""
         engine, changed = self._engine, False
-        for command in commands:
+        for command in asked:
             match command:
-                case ReadLimits(uuids):
+                case commands.ReadLimits(uuids):
                     lowest_w = self._placed.terms.min_limit_w
                     limits_w = {uuid: self.limits_w.get(uuid, lowest_w) for uuid in uuids}
                     self._do(self._core.limits_read(limits_w, now_s), now_s)
-                case SetBatchLimit(limit):
+                case commands.SetBatchLimit(limit):
                     changed = limit != engine.batch_limit
                     self.batch_changes += changed
                     if changed:
                         engine.order_batch_limit(limit, now_s)
-                case SetGroupCap(_, cap_w):
+                case commands.SetGroupCap(_, cap_w):
                     moves = abs(cap_w - engine.cap.ordered_w) > SAME_LIMIT_W
                     self.decisions += changed or moves
                     if moves:
                         self._events.at(now_s + self._driver_s, partial(self._capped, cap_w))
                     else:
                         self._do(self._core.limits_set(self.limits_w, now_s), now_s)
-                case SayHello(hello):
+                case commands.SayHello(hello):
                     self.send_hello(hello, now_s)
         # A beat confirms a grant as well: one is enough.
-        if any(isinstance(command, ConfirmGrant | SendBeat) for command in commands) and not self.silent:
+        tells = any(isinstance(command, commands.ConfirmGrant | commands.SendBeat) for command in asked)
+        if tells and not self.silent:
             self.send_beat(self._core.beat(), now_s)
 
     def _capped(self, cap_w: float, now_s: float) -> None:

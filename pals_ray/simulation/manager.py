@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
-from pals_ray.control.manager.commands import Command, PushGrant, RaiseAt, WhenWritten, WriteState
-from pals_ray.control.manager.manager_core import BEAT_S, FleetRecord, ManagerCore
+from pals_ray.control.manager import commands
+from pals_ray.control.manager.fleet_record import FleetRecord
+from pals_ray.control.manager.manager_core import BEAT_S, ManagerCore
 from pals_ray.control.messages import Answer, Beat, Hello, NodeInfo
 from pals_ray.models.lookup import LoadedModel
 from pals_ray.simulation.agent import Agent
@@ -55,8 +56,8 @@ class Manager:
             spec = agent.spec
             answer, _ = core.hello(Hello(spec.replica_id, spec.node_id, spec.num_gpus, core.record.epoch), now_s)
             core.registry.take_in(spec, (), self._models[spec.replica_id], now_s)
-            answer, commands = core.claim(spec, answer.reply.session, agent.limits_w, now_s)
-            self._do(commands, now_s)
+            answer, asked = core.claim(spec, answer.reply.session, agent.limits_w, now_s)
+            self._do(asked, now_s)
             agent.answered(answer, now_s)
 
     def hello(self, hello: Hello, now_s: float) -> None:
@@ -82,11 +83,11 @@ class Manager:
             return
         before_w = self.core.ledger.budget_w
         drawn_w = self._source.drawn_w(now_s)
-        commands = self.core.move_budget(self._source.start_s + now_s, now_s, drawn_w)
+        asked = self.core.move_budget(self._source.start_s + now_s, now_s, drawn_w)
         next_s = self._source.look(self.core.source, self.core.ledger.budget_w)
         if self.core.ledger.budget_w != before_w:
             self.budget_moved(now_s, self.core.ledger.budget_w)
-        self._do(commands, now_s)
+        self._do(asked, now_s)
         if now_s < next_s < now_s + BEAT_S:
             self._events.at(next_s, self.look_at_budget)
 
@@ -94,21 +95,21 @@ class Manager:
         if not self.down:
             self._do(self.core.raise_released(now_s), now_s)
 
-    def _answer(self, replica_id: str, done: tuple[Answer, tuple[Command, ...]], now_s: float) -> None:
-        answer, commands = done
+    def _answer(self, replica_id: str, done: tuple[Answer, tuple[commands.Command, ...]], now_s: float) -> None:
+        answer, asked = done
         self._mail.send(now_s, partial(self._agents[replica_id].answered, answer))
-        self._do(commands, now_s)
+        self._do(asked, now_s)
 
-    def _do(self, commands: tuple[Command, ...], now_s: float) -> None:
+    def _do(self, asked: tuple[commands.Command, ...], now_s: float) -> None:
         """Orders to park are not pushed: parked GPUs are at their lowest limits from the first."""
-        for command in commands:
+        for command in asked:
             match command:
-                case PushGrant(grant):
+                case commands.PushGrant(grant):
                     self.grants += 1
                     self._mail.send(now_s, partial(self._agents[grant.replica_id].granted, grant))
-                case WriteState(number):
+                case commands.WriteState(number):
                     self.core.written(number)
-                case WhenWritten(rest):
+                case commands.WhenWritten(rest):
                     self._do(rest, now_s)
-                case RaiseAt(time_s):
+                case commands.RaiseAt(time_s):
                     self._events.at(time_s, self._raise)

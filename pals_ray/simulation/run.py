@@ -11,7 +11,7 @@ from math import inf
 import numpy as np
 
 from pals_ray.control.agent.agent_core import BEAT_S
-from pals_ray.control.manager.manager_core import FleetRecord
+from pals_ray.control.manager.fleet_record import FleetRecord
 from pals_ray.control.manager.silent_agents import SILENT_S
 from pals_ray.control.messages import Beat, Hello
 from pals_ray.models.grid import GridModel
@@ -22,11 +22,9 @@ from pals_ray.models.specs import find_gpu
 from pals_ray.simulation.agent import Agent
 from pals_ray.simulation.budget import BudgetSource
 from pals_ray.simulation.clock import Events, Mail
-from pals_ray.simulation.collect import collect
 from pals_ray.simulation.fleet import Fleet, Placed, build
 from pals_ray.simulation.manager import Manager
-from pals_ray.simulation.record import QOS_LOOK_S, BudgetRecord, ModelQos, Samples
-from pals_ray.simulation.result import RunResult
+from pals_ray.simulation.results.recorder import QOS_LOOK_S, BudgetRecord, ModelQos, Samples
 from pals_ray.simulation.setting import (
     AgentSilent,
     Failure,
@@ -44,13 +42,6 @@ _CHUNK = 100_000
 #: When a request comes, who takes it, and its index.
 _Route = tuple[float, Callable[[int, float], None], int]
 _NEVER: _Route = (inf, lambda _request, _now_s: None, -1)
-
-
-def simulate(setting: SimSetting, requests: Offered) -> RunResult:
-    """Run the fleet for `setting.duration_s` under these requests; the same input gives the same result to the last
-    digit. Raises `SimulationError` for a fleet that cannot be, `InfeasibleBudget` for a budget under its lowest caps.
-    """
-    return Run(setting, requests).result()
 
 
 class Run:
@@ -87,8 +78,8 @@ class Run:
         self._mail = Mail(self.events, setting.messages, random.Random(f"mail {setting.seed}"))
         self._routes = _merged(self.fleet, requests)
 
-    def result(self) -> RunResult:
-        """Run to the end."""
+    def to_the_end(self) -> None:
+        """Run for the setting's duration."""
         setting = self.setting
         for placed in self.fleet.placed:
             self._charge(placed, 0.0)
@@ -103,7 +94,6 @@ class Run:
             placed.engine.read(setting.duration_s)
             placed.engine.settle()
         self.budgets.finish(setting.duration_s)
-        return collect(self)
 
     def _until(self, end_s: float) -> None:
         events, routes = self.events, self._routes

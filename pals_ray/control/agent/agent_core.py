@@ -26,7 +26,7 @@ from pals_ray.control.agent.commands import (
 )
 from pals_ray.control.ledger.charge import ChargeTerms
 from pals_ray.control.ledger.lease import LeaseState, Outcome, accept, ceiling_w, fence, tick
-from pals_ray.control.messages import AgentReport, Answer, Beat, Hello, ParkOrder
+from pals_ray.control.messages import AgentReport, Answer, Beat, Hello, NodeGpu, ParkOrder
 from pals_ray.control.replica.replica_controller import ReplicaController
 from pals_ray.control.slo import tally_of
 from pals_ray.control.telemetry import Reading, TelemetryWindow
@@ -54,7 +54,7 @@ class _Task(IntEnum):
 class AgentCore:
     """One replica's agent. `gpus` and `max_batch` are the replica's own once its engine's ranks have claimed them.
 
-    `settable` says of each managed GPU of the node whether its limit may be set, `least_limit_w` its lowest limit.
+    `managed` are the node's GPUs that are ours, by UUID.
     `limits_w` and `parked_w` hold the limits last read of the replica's and of the parked GPUs. `reason` says why the
     point in force was chosen.
     """
@@ -62,8 +62,7 @@ class AgentCore:
     def __init__(self, replica_id: str, node_id: str, num_gpus: int, controller: ReplicaController) -> None:
         self.controller = controller
         self.window = TelemetryWindow()
-        self.settable: Mapping[str, bool] = {}
-        self.least_limit_w: Mapping[str, float] = {}
+        self.managed: Mapping[str, NodeGpu] = {}
         self.gpus: tuple[str, ...] = ()
         self.max_batch = 0
         self.terms: ChargeTerms | None = None
@@ -93,16 +92,6 @@ class AgentCore:
     def idle(self) -> bool:
         """Whether nothing is under way and nothing waits."""
         return self._under_way is None and not self._todo
-
-    @property
-    def grant(self) -> Grant | None:
-        """The grant in hand."""
-        return self._lease.grant
-
-    @property
-    def fence_epoch(self) -> int:
-        """The epoch below which no manager is obeyed."""
-        return self._lease.fence_epoch
 
     @property
     def allowed_cap_w(self) -> float:
@@ -249,10 +238,6 @@ class AgentCore:
 
     # -- how ---------------------------------------------------------------------------------------------------------
 
-    @property
-    def _may_hold(self) -> bool:
-        return bool(self.gpus) and self.terms is not None and not self._gone
-
     def _accept(self, grant: Grant, now_s: float) -> list[_Task]:
         self._lease, outcome, reason = accept(self._lease, grant, now_s)
         if outcome is Outcome.OBEY:
@@ -277,18 +262,16 @@ class AgentCore:
         while self._todo and self._under_way is None:
             task = min(self._todo)
             self._todo.remove(task)
+            holds = task is _Task.HOLD_POINT and self.terms is not None and not self._gone
             if task is _Task.LET_GO:
                 self._lease = replace(self._lease, grant=None)
                 self._under_way = task
-                yield SetLimits({uuid: self.least_limit_w[uuid] for uuid in self.gpus if self.settable.get(uuid)})
+                mine = {uuid: self.managed[uuid] for uuid in self.gpus if uuid in self.managed}
+                yield SetLimits({uuid: gpu.info.min_limit_w for uuid, gpu in mine.items() if gpu.may_set})
             elif task is _Task.PARK and self._park is not None:
                 self._under_way = task
                 yield ReadLimits(tuple(self._park.limits_w))
-            elif (
-                task is _Task.READ
-                or (task is _Task.HELLO and self.gpus)
-                or (task is _Task.HOLD_POINT and self.gpus and self.terms is not None and not self._gone)
-            ):
+            elif self.gpus and (holds or task in (_Task.READ, _Task.HELLO)):
                 self._under_way = task
                 yield ReadLimits(self.gpus)
             elif task is _Task.HELLO:
@@ -361,4 +344,4 @@ class AgentCore:
     def _may_set(self, uuid: str) -> bool:
         """Whether we may set a limit. A GPU that we took for unmanaged may be managed all the same: the manager goes
         by what the node's first agent found."""
-        return self.settable.get(uuid, True)
+        return uuid not in self.managed or self.managed[uuid].may_set

@@ -7,7 +7,7 @@ answers with commands. It knows no clock, disk or network; `runtime.manager` and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from pals_ray.control.allocation.measurement_holds import MeasurementHolds
 from pals_ray.control.allocation.policy_runner import PolicyRunner
@@ -19,6 +19,7 @@ from pals_ray.control.manager.agent_registry import AgentRegistry
 from pals_ray.control.manager.commands import Command, DivideSoon, RaiseAt
 from pals_ray.control.manager.deployment import Deployment
 from pals_ray.control.manager.dispatch import Dispatch
+from pals_ray.control.manager.fleet_record import FleetRecord
 from pals_ray.control.manager.fleet_status import fleet_snapshot, measured_w
 from pals_ray.control.manager.measurement import MeasurementSubject
 from pals_ray.control.manager.silent_agents import silent
@@ -29,7 +30,6 @@ from pals_ray.control.messages import (
     Commands,
     Hello,
     NodeInfo,
-    NodeMemo,
     Registration,
     ReplicaSpec,
     Reply,
@@ -42,19 +42,6 @@ from pals_ray.types import BudgetSource, OperatingPoint, Target
 BEAT_S = 1.0
 #: Releases that come within so long of one another are handed out together: a plan looks at every replica.
 RAISE_S = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class FleetRecord:
-    """What has to outlive a manager. `budget_w` is the budget that was set, `plan` what moves it since (None: nothing),
-    `targets` are those that were changed since the deployment."""
-
-    epoch: int = 0
-    budget_w: float = 0.0
-    plan: BudgetPlan | None = None
-    targets: Mapping[str, Target] = field(default_factory=dict)
-    nodes: tuple[NodeMemo, ...] = ()
-    agents: Mapping[str, ReplicaSpec] = field(default_factory=dict)
 
 
 class ManagerCore:
@@ -155,12 +142,6 @@ class ManagerCore:
         """Want something else of a model."""
         self.targets[model] = target
         self._before = replace(self._before, targets={**self._before.targets, model: target})
-        return (*self.write(), DivideSoon())
-
-    def restore_target(self, model: str, record: FleetRecord, target: Target) -> tuple[Command, ...]:
-        """A change could not be written down: want of the model what was wanted before."""
-        self.targets[model] = target
-        self._before = replace(self._before, targets=record.targets)
         return (*self.write(), DivideSoon())
 
     # -- agents ------------------------------------------------------------------------------------------------------

@@ -15,25 +15,16 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from pals_ray.control.agent import commands
 from pals_ray.control.agent.agent_core import BEAT_S, AgentCore
-from pals_ray.control.agent.commands import (
-    Command,
-    ConfirmGrant,
-    ReadLimits,
-    SayHello,
-    SendBeat,
-    SetBatchLimit,
-    SetGroupCap,
-    SetLimits,
-)
-from pals_ray.control.messages import AgentReport, Answer, Hello, LedgerError, NodeGpu, ParkOrder, Registration
+from pals_ray.control.messages import AgentReport, Answer, Hello, LedgerError, ParkOrder, Registration
 from pals_ray.control.replica.replica_controller import ReplicaController
 from pals_ray.control.telemetry import Reading
 from pals_ray.engine.control_block import BlockError, ControlBlock
 from pals_ray.errors import NotConfigured, PalsError
-from pals_ray.processes import is_alive
 from pals_ray.runtime.actors import ensure_manager
 from pals_ray.runtime.agent.gpu_access import DrawMeter, GpuAccess, Sample
+from pals_ray.runtime.agent.replica_watch import when_gone
 from pals_ray.runtime.messages import AgentSpec, Measurement
 from pals_ray.runtime.node.node_file import enrol, find_raylet, is_ours, keep_guardian, kill_engines, visible_gpus
 from pals_ray.types import Grant
@@ -59,7 +50,6 @@ class PowerAgent:
         self._gpus = GpuAccess(spec.hardware.open(spec.node_key))
         self._core = AgentCore(spec.replica_id, spec.node_id, spec.num_gpus, ReplicaController(spec.num_gpus))
         self._block: ControlBlock | None = None
-        self._managed: dict[str, NodeGpu] = {}
         self._unmanaged: tuple[str, ...] = ()
         self._draw = DrawMeter()
         self._power_w: dict[str, float] = {}
@@ -87,7 +77,7 @@ class PowerAgent:
         except BaseException:
             asyncio.get_running_loop().call_later(0.5, os._exit, 1)
             raise
-        self._watch_replica()
+        when_gone(self._spec.replica, self._replica_gone)
         self._loops = [
             asyncio.create_task(self._every(BEAT_S, self._beat, "hold its point")),
             asyncio.create_task(self._every(GUARDIAN_S, self._see_to_guardian, "keep the node's guardian")),
@@ -95,11 +85,11 @@ class PowerAgent:
 
     async def claim(self, uuids: list[str], max_batch: int) -> None:
         """The ranks' GPUs, by UUID: they are this replica's from now on, and may be raised."""
-        foreign = sorted(set(uuids) - set(self._managed))
+        foreign = sorted(set(uuids) - set(self._core.managed))
         if foreign or len(set(uuids)) != self._spec.num_gpus:
             raise RegistrationError(
                 f"{self._spec.replica_id}: its ranks hold {uuids}, but {self._spec.num_gpus} different managed GPUs of "
-                f"this node were expected, out of {sorted(self._managed)}"
+                f"this node were expected, out of {sorted(self._core.managed)}"
             )
         manager = await self._find_manager()
         self._spec = replace(self._spec, gpus=tuple(uuids), max_batch=max_batch)
@@ -139,42 +129,44 @@ class PowerAgent:
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
-    def _do(self, commands: tuple[Command, ...]) -> None:
+    def _do(self, asked: tuple[commands.Command, ...]) -> None:
         """Carry the core's commands out; what takes time goes on by itself, whoever asked for it."""
         gpus, core = self._gpus, self._core
-        for command in commands:
+        for command in asked:
             match command:
-                case ReadLimits(uuids):
+                case commands.ReadLimits(uuids):
                     self._call(gpus.limits_w(uuids), core.limits_read)
-                case SetLimits(limits_w):
+                case commands.SetLimits(limits_w):
                     self._call(gpus.set_each(limits_w), core.limits_set)
-                case SetGroupCap(limits_w, cap_w):
+                case commands.SetGroupCap(limits_w, cap_w):
                     self._call(
                         gpus.set_group(limits_w, cap_w), lambda now_w, at_s: core.limits_set(now_w, at_s, gpus.held_by)
                     )
-                case SetBatchLimit(limit, parked) if self._block is not None:
+                case commands.SetBatchLimit(limit, parked) if self._block is not None:
                     self._block.order_batch_limit(limit)
                     self._block.park(parked)
-                case SendBeat():
+                case commands.SendBeat():
                     self._tell()
-                case ConfirmGrant() if not self._pushed:  # else the answer to the push does
+                case commands.ConfirmGrant() if not self._pushed:  # else the answer to the push does
                     self._tell()
-                case SayHello(hello) if _is_over(self._hello):
+                case commands.SayHello(hello) if _is_over(self._hello):
                     self._hello = asyncio.create_task(self._say_hello(hello))
                     self._hello.add_done_callback(self._log_failure)
 
     def _call(
-        self, call: Awaitable[dict[str, float]], then: Callable[[dict[str, float], float], tuple[Command, ...]]
+        self,
+        call: Awaitable[dict[str, float]],
+        then: Callable[[dict[str, float], float], tuple[commands.Command, ...]],
     ) -> None:
         """Have the devices do something, and tell the core what came of it."""
 
         async def to_the_end() -> None:
             try:
-                commands = then(await call, time.monotonic())
+                asked = then(await call, time.monotonic())
             except Exception:
                 log.exception("%s: a call to its GPUs failed", self._spec.replica_id)
-                commands = self._core.call_failed(time.monotonic())
-            self._do(commands)
+                asked = self._core.call_failed(time.monotonic())
+            self._do(asked)
             async with self._idle:
                 self._idle.notify_all()
 
@@ -202,7 +194,7 @@ class PowerAgent:
         """Raises what the manager refuses the replica with."""
         async with asyncio.timeout(START_DEADLINE_S):  # a profile may have to be fitted
             manager = await self._find_manager()
-            registration = Registration(self._spec, hello, tuple(self._managed.values()), self._unmanaged)
+            registration = Registration(self._spec, hello, tuple(self._core.managed.values()), self._unmanaged)
             me = ray.get_runtime_context().current_actor
             answer: Answer = await manager.register.remote(registration, me)
         if answer.reply.session:
@@ -248,9 +240,7 @@ class PowerAgent:
         }
         self._unmanaged = tuple(gpu.info.uuid for gpu in found if gpu.info.uuid not in ours)
         node = await asyncio.to_thread(enrol, self._spec.node_key, self._spec.hardware, raylet, ours, self._gpus.look)
-        self._managed = {uuid: replace(gpu, may_set=node.may_set[uuid]) for uuid, gpu in ours.items()}
-        self._core.settable = {uuid: gpu.may_set for uuid, gpu in self._managed.items()}
-        self._core.least_limit_w = {uuid: gpu.info.min_limit_w for uuid, gpu in self._managed.items()}
+        self._core.managed = {uuid: replace(gpu, may_set=node.may_set[uuid]) for uuid, gpu in ours.items()}
 
     async def _take_hold(self) -> None:
         """The GPUs of the spec are the replica's: attach to its control block, and read their limits."""
@@ -323,22 +313,8 @@ class PowerAgent:
 
     # -- leaving -----------------------------------------------------------------------------------------------------
 
-    def _watch_replica(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            fd = os.pidfd_open(self._spec.replica.pid)
-        except ProcessLookupError:
-            fd = -1
-        if fd < 0 or not is_alive(self._spec.replica):
-            self._goodbye = loop.create_task(self._leave())
-            return
-        loop.add_reader(fd, self._replica_gone, fd)
-
-    def _replica_gone(self, fd: int) -> None:
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(fd)
-        os.close(fd)
-        self._goodbye = loop.create_task(self._leave())
+    def _replica_gone(self) -> None:
+        self._goodbye = asyncio.create_task(self._leave())
 
     async def _leave(self) -> None:
         """The replica's process is gone: lower its GPUs at once, say goodbye, park what the manager says, and end."""

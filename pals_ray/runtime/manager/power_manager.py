@@ -17,17 +17,7 @@ from ray.exceptions import RayActorError
 
 from pals_ray.config.fleet import FleetConfig, parse_fleet_config
 from pals_ray.control.budget.moving_budget import BudgetPlan
-from pals_ray.control.manager.commands import (
-    Command,
-    DivideSoon,
-    FindNode,
-    FindSilentAgent,
-    PushGrant,
-    PushParking,
-    RaiseAt,
-    WhenWritten,
-    WriteState,
-)
+from pals_ray.control.manager import commands
 from pals_ray.control.manager.fleet_status import FleetFacts, fleet_notes, fleet_status, measured_w
 from pals_ray.control.manager.manager_core import BEAT_S, ManagerCore
 from pals_ray.control.manager.measurement import MeasurementSubject
@@ -100,15 +90,15 @@ class GlobalPowerManager:
             if version <= self._state.version:
                 return
             config = parse_fleet_config(dict(content), "the deployed configuration")
-            commands = core.write()
+            asked = core.write()
             if config != self._config:
                 same = same_ledger(self._config, config)
-                commands = core.reconfigure(deployment_of(config), time.monotonic(), same_ledger=same)
+                asked = core.reconfigure(deployment_of(config), time.monotonic(), same_ledger=same)
                 self._config = config
                 self._predictors = self._predictors if same else Predictors(config)
             self._state = replace(self._state, version=version, config=dict(content), app=app)
             core.stopping = False
-            self._do((*commands, DivideSoon()))
+            self._do((*asked, commands.DivideSoon()))
             await self._written()
 
     # -- agents ------------------------------------------------------------------------------------------------------
@@ -118,7 +108,7 @@ class GlobalPowerManager:
         spec = registration.spec
         model = await asyncio.to_thread(self._predict, registration)
         try:
-            answer, commands = self._core.register(registration, model, time.monotonic())
+            answer, asked = self._core.register(registration, model, time.monotonic())
         except InfeasibleBudget as error:
             fixed = [gpu.info.uuid for gpu in registration.managed if not gpu.may_set]
             if not fixed:
@@ -128,7 +118,7 @@ class GlobalPowerManager:
         if answer.reply.session and isinstance(spec, AgentSpec):
             self._handles[spec.replica_id] = agent
             self._state = replace(self._state, node_keys={**self._state.node_keys, spec.node_id: spec.node_key})
-        return await self._answer(answer, commands)
+        return await self._answer(answer, asked)
 
     def _predict(self, registration: Registration) -> LoadedModel | None:
         """What predicts a new replica; None where nothing does. Slow where a profile has to be fitted."""
@@ -156,9 +146,9 @@ class GlobalPowerManager:
         self._handles.pop(goodbye.replica_id, None)
         await self._written()
 
-    async def _answer(self, answer: Answer, commands: tuple[Command, ...]) -> Answer:
+    async def _answer(self, answer: Answer, asked: tuple[commands.Command, ...]) -> Answer:
         """An answer that may go: what it promises is on disk."""
-        self._do(commands)
+        self._do(asked)
         await self._written()
         return answer
 
@@ -181,15 +171,13 @@ class GlobalPowerManager:
         core = self._core
         _ = core.deployment
         async with self._targeting:
-            before = core.targets.get(model)
             target = changed_target(core.targets, model, changes)
-            record = core.record
+            before = core.targets[model]
             self._do(core.set_target(model, target))
             try:
                 await self._written()
             except StorageError:
-                if before is not None:
-                    self._do(core.restore_target(model, record, before))
+                self._do(core.set_target(model, before))
                 raise
         return target
 
@@ -252,31 +240,31 @@ class GlobalPowerManager:
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
-    def _do(self, commands: tuple[Command, ...]) -> None:
+    def _do(self, asked: tuple[commands.Command, ...]) -> None:
         """Carry the core's commands out: all pushes are under way when this returns, whatever the caller does next."""
         core = self._core
-        for command in commands:
+        for command in asked:
             match command:
-                case PushGrant(grant):
+                case commands.PushGrant(grant):
                     self._push(grant.replica_id, "apply", grant)
-                case PushParking(order):
+                case commands.PushParking(order):
                     self._push(order.executor, "park", order)
-                case WriteState(number):
+                case commands.WriteState(number):
                     self._writer.ask(number)
                     self._begin(self._when_written(()))
-                case WhenWritten(rest):
+                case commands.WhenWritten(rest):
                     self._begin(self._when_written(rest))
-                case RaiseAt(time_s):
+                case commands.RaiseAt(time_s):
                     delay_s = time_s - time.monotonic()
                     loop = asyncio.get_running_loop()
                     loop.call_later(delay_s, lambda: self._do(core.raise_released(time.monotonic())))
-                case DivideSoon():
+                case commands.DivideSoon():
                     self._changed.set()
-                case FindSilentAgent(replica_id, heard_s):
+                case commands.FindSilentAgent(replica_id, heard_s):
                     spec = core.registry.members[replica_id].spec
                     if isinstance(spec, AgentSpec):
                         self._replacer.find_agent(spec, heard_s)
-                case FindNode(node_id):
+                case commands.FindNode(node_id):
                     self._replacer.find_node(node_id)
 
     def _begin(self, act: Awaitable[None]) -> None:
@@ -301,13 +289,13 @@ class GlobalPowerManager:
 
     # -- the file ----------------------------------------------------------------------------------------------------
 
-    async def _when_written(self, commands: tuple[Command, ...]) -> None:
+    async def _when_written(self, asked: tuple[commands.Command, ...]) -> None:
         try:
             await self._written()
         except StorageError:
-            log.exception("not sent, since it cannot be written down: %s", commands or "nothing")
+            log.exception("not sent, since it cannot be written down: %s", asked or "nothing")
         else:
-            self._do(commands)
+            self._do(asked)
 
     async def _written(self) -> None:
         """Return once all that has to outlive this manager is on disk; one that finds a newer one's file ends.

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
-from pals_ray.control.manager.manager_core import FleetRecord
+from pals_ray.control.manager.fleet_record import FleetRecord
 from pals_ray.errors import PalsError
 from pals_ray.runtime.messages import AgentSpec
 

@@ -73,9 +73,7 @@ class Agent(PowerAgent):
 
     async def _look_around(self):
         found = await self._gpus.inventory()
-        self._managed = {gpu.info.uuid: replace(gpu, may_set=True) for gpu in found}
-        self._core.settable = dict.fromkeys(self._managed, True)
-        self._core.least_limit_w = {uuid: gpu.info.min_limit_w for uuid, gpu in self._managed.items()}
+        self._core.managed = {gpu.info.uuid: replace(gpu, may_set=True) for gpu in found}
 
     async def join(self):
         await self._look_around()
@@ -293,7 +291,7 @@ async def test_a_budget_that_cannot_be_written_down_is_refused_and_what_was_cut_
         with pytest.raises(StorageError, match="no space"):
             await manager.set_target("m", {"priority": 3})
     assert (manager._core.ledger.budget_w, manager._core.record.budget_w) == (900.0, 900.0)
-    assert (manager._core.targets["m"].priority, manager._core.record.targets) == (0, {})
+    assert manager._core.targets["m"].priority == manager._core.record.targets["m"].priority == 0
     await beats(manager, agents, [266.666] * 3 + [100], gpus)
 
 

@@ -15,10 +15,10 @@ from pals_ray.control.agent.commands import (
     SetLimits,
 )
 from pals_ray.control.ledger.charge import ChargeTerms
-from pals_ray.control.messages import Answer, ParkOrder, Reply
+from pals_ray.control.messages import Answer, NodeGpu, ParkOrder, Reply
 from pals_ray.control.replica.replica_controller import ReplicaController
 from pals_ray.control.snapshot import Overhead
-from pals_ray.types import Grant, Target
+from pals_ray.types import GpuInfo, Grant, Provenance, Target
 
 GPUS = ("g0", "g1")
 TERMS = ChargeTerms(Overhead(), 2, 100.0, 400.0, (0.0, 0.0))
@@ -38,8 +38,8 @@ class Node:
     def __init__(self, may_set=True):
         self.core = AgentCore("r", "n", 2, ReplicaController(2))
         self.limits_w = {"g0": 400.0, "g1": 400.0, "free": 400.0}
-        self.core.settable = dict.fromkeys(self.limits_w, may_set)
-        self.core.least_limit_w = dict.fromkeys(self.limits_w, 100.0)
+        info = GpuInfo("", "A100-SXM", 100.0, 400.0, 54.0, Provenance.MODELLED)
+        self.core.managed = dict.fromkeys(self.limits_w, NodeGpu(info, 400.0, 0.0, may_set, ()))
         self.said = []
         self.batch_limit = None
         self.do(self.core.claimed(GPUS, 32, 0.0), 0.0)

@@ -18,7 +18,8 @@ from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.manager import commands as manager_commands
 from pals_ray.control.manager.deployment import DeployedModel, Deployment
-from pals_ray.control.manager.manager_core import FleetRecord, ManagerCore
+from pals_ray.control.manager.fleet_record import FleetRecord
+from pals_ray.control.manager.manager_core import ManagerCore
 from pals_ray.control.messages import (
     AgentReport,
     Answer,
@@ -26,6 +27,7 @@ from pals_ray.control.messages import (
     GpuHeldError,
     LedgerError,
     ManagedGpu,
+    NodeGpu,
     NodeInfo,
     ParkOrder,
     ReplicaSpec,
@@ -34,7 +36,7 @@ from pals_ray.control.messages import (
 from pals_ray.control.replica.replica_controller import ReplicaController
 from pals_ray.control.snapshot import Domain, FleetSnapshot, Overhead, Share
 from pals_ray.errors import InfeasibleBudget
-from pals_ray.types import Grant, Target
+from pals_ray.types import GpuInfo, Grant, Provenance, Target
 
 MAX_BATCH = 32
 FAIL_SAFE_W = 150.0
@@ -126,8 +128,10 @@ class Agent:
         self.alive = True
         self.clock_s = 0.0
         self.core = AgentCore(replica_id, host.node_id, num_gpus, ReplicaController(num_gpus))
-        self.core.settable = dict.fromkeys(host.devices, True)
-        self.core.least_limit_w = {uuid: device.min_w for uuid, device in host.devices.items()}
+        self.core.managed = {
+            uuid: NodeGpu(GpuInfo(uuid, "", d.min_w, d.max_w, 0.0, Provenance.MODELLED), d.limit_w, 0.0, True, ())
+            for uuid, d in host.devices.items()
+        }
         self.uuids: tuple[str, ...] = ()
         if uuids:
             self.hold(uuids)
@@ -186,11 +190,14 @@ class Agent:
 
     def key(self) -> tuple[int, int]:
         """(epoch, seq) of the grant in hand."""
-        return (self.core.grant.epoch, self.core.grant.seq) if self.core.grant else (0, 0)
+        grant = self.core._lease.grant
+        return (grant.epoch, grant.seq) if grant else (0, 0)
 
     def newer(self, grant: Grant | None) -> bool:
         """Whether a grant is one to obey, by the rules and not by the code under test."""
-        return grant is not None and grant.epoch >= self.core.fence_epoch and (grant.epoch, grant.seq) > self.key()
+        return (
+            grant is not None and grant.epoch >= self.core._lease.fence_epoch and (grant.epoch, grant.seq) > self.key()
+        )
 
     def hear(self, message: Answer | Grant | ParkOrder) -> None:
         """Obey a message, or not."""
@@ -502,7 +509,8 @@ class World:
         # A grant that was lost is sent again with the answer to the next report.
         grants += [manager.sent.get(agent.replica_id) for manager in self.managers if agent.session]
         caps_w = [terms.cap_w(grant.charge_w) for grant in grants if grant is not None and agent.newer(grant)]
-        held, lease = agent.core.grant, agent.core._lease
+        lease = agent.core._lease
+        held = lease.grant
         held_w = agent.core.allowed_cap_w
         # A grant in hand is acted on once terms are there. One whose lease has ended keeps its watts: its manager does
         # not know yet, and whatever it sends next may restore as much, until the agent obeys another manager.

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from pals_ray.simulation.engine.energy_meter import METER_S
 from pals_ray.simulation.fleet import Placed
-from pals_ray.simulation.result import FloatArray, ModelResult, ReplicaResult, RunResult
+from pals_ray.simulation.results.run_result import FloatArray, ModelResult, ReplicaResult, RunResult
+from pals_ray.simulation.run import Run
 from pals_ray.simulation.setting import FollowedSignal
-
-if TYPE_CHECKING:
-    from pals_ray.simulation.run import Run
 
 
 def collect(run: Run) -> RunResult:

@@ -14,7 +14,7 @@ from scipy.stats import t as student_t
 from pals_ray.control.budget.regulation import FloatArray, Signal, sample_means, score
 from pals_ray.control.budget.signal_following import Following
 from pals_ray.control.slo import QosConfig
-from pals_ray.simulation.result import ModelResult, RunResult, quantile_s
+from pals_ray.simulation.results.run_result import ModelResult, RunResult, quantile_s
 
 CONFIDENCE = 0.95
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pals_ray.control.ledger.charge import EPS_W
 from pals_ray.control.slo import QosState, observe, tally_of
 from pals_ray.simulation.engine.scheduler import Engine
-from pals_ray.simulation.result import Cut, QosInterval
+from pals_ray.simulation.results.run_result import Cut, QosInterval
 from pals_ray.types import Target
 
 #: How often the violations' account looks at the engines, s.
