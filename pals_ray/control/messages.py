@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pals_ray.control.ledger.charge import ChargeTerms
-from pals_ray.control.replica.latency_feedback import TailFactors
+from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.slo import Tally
-from pals_ray.control.snapshot import Overhead, ReplicaSnapshot
+from pals_ray.control.snapshot import Overhead, ReplicaSnapshot, TailFactors
 from pals_ray.errors import PalsError
 from pals_ray.models.correction import Correction
 from pals_ray.models.lookup import LoadedModel

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from pals_ray.control.replica.latency_feedback import TailFactors
 from pals_ray.models.power_model import PowerModel
 from pals_ray.types import ReplicaTelemetry, Target
 
@@ -38,6 +37,14 @@ class Domain:
     parent: str | None = None
     label: str | None = None
     value: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TailFactors:
+    """What to multiply a predicted p99 with, that of a crowd, so that plans within the limits keep them."""
+
+    itl: float = 1.0
+    ttft: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

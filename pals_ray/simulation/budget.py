@@ -16,7 +16,7 @@ class BudgetSource:
 
     `set_w` is the budget that was set, `plan` what moves it (None: nothing), both W at node level; the run starts at
     Unix time `start_s`. `target_w` is the draw that a followed signal asks for. `drawn_j` says how much the fleet has
-    drawn up to a time, J.
+    drawn up to a time, J; `moved` hears of each other budget, at its time.
     """
 
     def __init__(self, budget: Budget, drawn_j: Callable[[float], float]) -> None:
@@ -24,6 +24,7 @@ class BudgetSource:
         self.start_s = 0.0
         self.target_w: float | None = None
         self.note: str | None = None
+        self.moved: Callable[[float, float], None] = lambda _now_s, _budget_w: None
         self._drawn_j = drawn_j
         self._last: tuple[float, float] | None = None
         if isinstance(budget, ConstantBudget):
@@ -48,11 +49,13 @@ class BudgetSource:
         self._last = (now_s, drawn_j)
         return drawn_w
 
-    def look(self, said: SourceStatus, budget_w: float) -> float:
-        """Note what the manager says of its budget; when that changes next, s of the run.
+    def look(self, said: SourceStatus, budget_w: float, now_s: float) -> float:
+        """Note what the manager says of its budget; returns when that changes next, s of the run.
 
         Only the first warning is kept: those that follow differ in their watts alone.
         """
+        if budget_w != self.budget_w:
+            self.moved(now_s, budget_w)
         self.budget_w, self.note = budget_w, self.note or said.warning
         if said.kind == "signal":
             self.target_w = said.asked_w

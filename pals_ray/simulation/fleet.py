@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pals_ray.control.ledger.charge import ChargeTerms, group_terms
+from pals_ray.control.charge import ChargeTerms, group_terms
 from pals_ray.control.messages import ManagedGpu, NodeInfo, ReplicaSpec
 from pals_ray.models.physics.step_cost import die_factor
 from pals_ray.models.physics.stepper import GroupStepper

@@ -24,7 +24,7 @@ from pals_ray.simulation.budget import BudgetSource
 from pals_ray.simulation.clock import Events, Mail
 from pals_ray.simulation.fleet import Fleet, Placed, build
 from pals_ray.simulation.manager import Manager
-from pals_ray.simulation.results.recorder import QOS_LOOK_S, BudgetRecord, ModelQos, Samples
+from pals_ray.simulation.recorder import QOS_LOOK_S, BudgetRecord, ModelQos, Samples
 from pals_ray.simulation.setting import (
     AgentSilent,
     Failure,
@@ -71,9 +71,9 @@ class Run:
         self.budgets = BudgetRecord(
             self.source.budget_w, setting.fleet.reserve_w, sum(map(self.fleet.parked_charge_w, setting.fleet.nodes))
         )
+        self.source.moved = self.budgets.budget
         self.agents: dict[str, Agent] = {}
         self.managers: list[Manager] = []
-        self._models: dict[str, LoadedModel] = {}
         self.died_s: dict[str, float] = {}
         self._mail = Mail(self.events, setting.messages, random.Random(f"mail {setting.seed}"))
         self._routes = _merged(self.fleet, requests)
@@ -120,11 +120,8 @@ class Run:
             for model in setting.fleet.models
         }
         for placed in self.fleet.placed:
-            self._models[placed.replica_id] = belief = beliefs[placed.model.name]
-            agent = Agent(placed, belief, setting, self.events)
-            agent.send_beat = self._send_beat
-            agent.send_hello = self._send_hello
-            agent.cap_moved = partial(self._charge, placed)
+            moved = partial(self._charge, placed)
+            agent = Agent(placed, beliefs[placed.model.name], setting, self.events, self._say, moved)
             self.agents[placed.replica_id] = agent
             self.events.at(BEAT_S * phases.random(), agent.beat)
         manager = self._new_manager(0.0)
@@ -134,18 +131,14 @@ class Run:
     def _new_manager(self, now_s: float) -> Manager:
         before = self.managers[-1].core.record if self.managers else FleetRecord()
         record = replace(before, epoch=before.epoch + 1)
-        manager = Manager(self.setting, self.events, self._mail, self.source, self.agents, self._models, record, now_s)
-        manager.budget_moved = self.budgets.budget
+        manager = Manager(self.setting, self._mail, self.source, self.agents, record, now_s)
         self.managers.append(manager)
         return manager
 
     # -- what goes on ----------------------------------------------------------------------------------------------
 
-    def _send_beat(self, beat: Beat, now_s: float) -> None:
-        self._mail.send(now_s, lambda at_s: self.managers[-1].beat(beat, at_s))
-
-    def _send_hello(self, hello: Hello, now_s: float) -> None:
-        self._mail.send(now_s, lambda at_s: self.managers[-1].hello(hello, at_s))
+    def _say(self, said: Hello | Beat, now_s: float) -> None:
+        self._mail.send(now_s, lambda at_s: self.managers[-1].hear(said, at_s))
 
     def _charge(self, placed: Placed, now_s: float) -> None:
         self.budgets.charge(placed.replica_id, placed.terms.charge_w(placed.engine.cap.ordered_w), now_s)
@@ -198,7 +191,8 @@ class Run:
         for placed in self.fleet.placed:
             if placed.node.name == death.node:
                 if placed.replica_id in self.agents:
-                    self.agents[placed.replica_id].die()
+                    agent = self.agents[placed.replica_id]
+                    agent.silent = agent.dead = True
                 self.fleet.routers[placed.model.name].lose(placed.engine, now_s)
         if self.managers:
             self.events.at(now_s + SILENT_S, lambda _: self.managers[-1].core.node_lost(death.node))

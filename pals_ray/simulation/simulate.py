@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pals_ray.simulation.results.collect import collect
+from pals_ray.simulation.collect import collect
 from pals_ray.simulation.results.run_result import RunResult
 from pals_ray.simulation.run import Run
 from pals_ray.simulation.setting import Offered, SimSetting

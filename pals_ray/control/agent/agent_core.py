@@ -24,7 +24,7 @@ from pals_ray.control.agent.commands import (
     SetGroupCap,
     SetLimits,
 )
-from pals_ray.control.ledger.charge import ChargeTerms
+from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.ledger.lease import LeaseState, Outcome, accept, ceiling_w, fence, tick
 from pals_ray.control.messages import AgentReport, Answer, Beat, Hello, NodeGpu, ParkOrder
 from pals_ray.control.replica.replica_controller import ReplicaController

@@ -36,8 +36,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+from pals_ray.control.charge import EPS_W
 from pals_ray.control.ledger import feasible_charges, gpu_parking, membership, saved_state
-from pals_ray.control.ledger.charge import EPS_W
 from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.ledger.grants import GrantIssuer
 from pals_ray.control.ledger.ledger_queries import LedgerQueries

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.messages import Beat, NodeGpu, ReplicaSpec, ReplicaView
-from pals_ray.control.replica.latency_feedback import TailFactors
 from pals_ray.control.slo import by_priority
-from pals_ray.control.snapshot import FleetSnapshot
+from pals_ray.control.snapshot import FleetSnapshot, TailFactors
 from pals_ray.models.lookup import LoadedModel
 from pals_ray.types import (
     BudgetSource,

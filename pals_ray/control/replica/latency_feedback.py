@@ -55,14 +55,6 @@ class TailState:
         return math.exp(self.log)
 
 
-@dataclass(frozen=True, slots=True)
-class TailFactors:
-    """What to multiply a predicted p99 with, that of a crowd, so that plans within the limits keep them."""
-
-    itl: float = 1.0
-    ttft: float = 1.0
-
-
 def follow(
     state: TailState,
     measured_s: float | None,

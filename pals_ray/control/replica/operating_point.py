@@ -21,7 +21,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pals_ray.control.ledger.charge import ChargeTerms
+from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.batch_choice import limit_under_kv_pressure, paced_limit, snap
 from pals_ray.control.replica.candidates import EPS, ask_points, cap_axis_w, points
 from pals_ray.control.replica.controller_state import (

@@ -22,7 +22,6 @@ from pals_ray.control.replica.replica_controller import ReplicaController
 from pals_ray.control.telemetry import Reading
 from pals_ray.engine.control_block import BlockError, ControlBlock
 from pals_ray.errors import NotConfigured, PalsError
-from pals_ray.runtime.actors import ensure_manager
 from pals_ray.runtime.agent.gpu_access import DrawMeter, GpuAccess, Sample
 from pals_ray.runtime.agent.replica_watch import when_gone
 from pals_ray.runtime.messages import AgentSpec, Measurement
@@ -44,7 +43,8 @@ class RegistrationError(PalsError):
 class PowerAgent:
     """Caps one replica's GPUs, limits its batch, and reports; see ARCHITECTURE.md, "Who does what"."""
 
-    def __init__(self, spec: AgentSpec) -> None:
+    def __init__(self, spec: AgentSpec, ensure_manager: Callable[[str], Awaitable[Any]]) -> None:
+        """`ensure_manager` finds the cluster's manager, or makes one that goes on from what is written at a path."""
         gc.freeze()  # modules stay: going through them again would hold up a cut for 50 ms
         self._spec = spec
         self._gpus = GpuAccess(spec.hardware.open(spec.node_key))
@@ -59,6 +59,7 @@ class PowerAgent:
         self._hello: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
         self._pushed = 0
+        self._ensure_manager = ensure_manager
         self._manager: Any | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._leaving = False
@@ -187,7 +188,7 @@ class PowerAgent:
 
     async def _find_manager(self) -> Any:
         if self._manager is None:
-            self._manager = await ensure_manager(self._spec.storage_path)
+            self._manager = await self._ensure_manager(self._spec.storage_path)
         return self._manager
 
     async def _say_hello(self, hello: Hello) -> None:
@@ -325,7 +326,7 @@ class PowerAgent:
         try:
             goodbye = await self._report()
             async with asyncio.timeout(CALL_TIMEOUT_S):
-                manager = await ensure_manager(self._spec.storage_path)
+                manager = await self._ensure_manager(self._spec.storage_path)
                 await manager.leave.remote(goodbye)
         except Exception:  # the manager finds the agent dead and replaces it: nothing is lost, only later
             log.exception("%s: goodbye did not reach the manager", self._spec.replica_id)

@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
 from pals_ray.control.manager.silent_agents import hangs
-from pals_ray.runtime.actors import ensure_agent
 from pals_ray.runtime.manager.node_liveness import Standing, standing
 from pals_ray.runtime.messages import AgentSpec
 
@@ -25,15 +24,20 @@ log = logging.getLogger("pals.manager")
 
 
 class AgentReplacer:
-    """Replaces agents, whose actors are in `handles`.
+    """Replaces agents, whose actors are in `handles`, by what `ensure_agent` makes.
 
     `node_lost` hears of each node that is cut off, `node_gone` of each that is gone for good.
     """
 
     def __init__(
-        self, handles: Mapping[str, Any], node_lost: Callable[[str], None], node_gone: Callable[[str], None]
+        self,
+        handles: Mapping[str, Any],
+        ensure_agent: Callable[[AgentSpec], Awaitable[Any]],
+        node_lost: Callable[[str], None],
+        node_gone: Callable[[str], None],
     ) -> None:
         self._handles = handles
+        self._ensure_agent = ensure_agent
         self._node_lost = node_lost
         self._node_gone = node_gone
         self._under_way: dict[str, asyncio.Task[None]] = {}
@@ -71,7 +75,7 @@ class AgentReplacer:
             log.warning("%s: its agent lives, but has been silent for %.0f s: ending it", replica_id, now_s - heard_s)
             await asyncio.to_thread(ray.kill, handle)
         log.warning("%s: its agent is gone, making another", replica_id)
-        await ensure_agent(spec)
+        await self._ensure_agent(spec)
 
     async def _node_lives(self, node_id: str) -> bool:
         """Whether a node can be reached; where not, the ledger hears of it. All who ask at once share one answer."""

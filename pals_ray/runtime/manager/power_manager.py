@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -44,7 +44,8 @@ log = logging.getLogger("pals.manager")
 class GlobalPowerManager:
     """Owns budget and ledger; hears every agent, divides by policy once a second and whenever something changes."""
 
-    def __init__(self, storage_path: str) -> None:
+    def __init__(self, storage_path: str, ensure_agent: Callable[[AgentSpec], Awaitable[Any]]) -> None:
+        """`ensure_agent` finds a replica's agent, or makes one."""
         gc.freeze()  # as in the agents
         session = ray.get_runtime_context().get_session_name()
         before = read_state(storage_path)
@@ -62,7 +63,7 @@ class GlobalPowerManager:
         self._changed = asyncio.Event()
         self._budget = BudgetChanges(self._core, self._do, self._written)
         self._targeting = asyncio.Lock()
-        self._replacer = AgentReplacer(self._handles, self._core.node_lost, self._node_gone)
+        self._replacer = AgentReplacer(self._handles, ensure_agent, self._core.node_lost, self._node_gone)
         self._over = OverBudget(time.monotonic())
         self._slo = SloAccounts()
         self._metrics = FleetMetrics()

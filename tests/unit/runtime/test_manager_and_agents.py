@@ -18,7 +18,6 @@ from pals_ray.engine.control_block import ControlBlock
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.gpus.virtual_block import remove_block
 from pals_ray.processes import identify
-from pals_ray.runtime.agent import power_agent
 from pals_ray.runtime.agent.power_agent import PowerAgent
 from pals_ray.runtime.manager import power_manager
 from pals_ray.runtime.manager.power_manager import GlobalPowerManager
@@ -53,7 +52,7 @@ class Handle:
 class Agent(PowerAgent):
     """An agent that beats when the test says so, on a node without raylet and guardian."""
 
-    def __init__(self, name, key, uuids, folder):
+    def __init__(self, name, key, uuids, folder, ensure_manager):
         block = ControlBlock.create(folder / f"block-{name}")
         super().__init__(
             AgentSpec(
@@ -66,7 +65,8 @@ class Agent(PowerAgent):
                 block_path=str(block.path),
                 hardware=HardwareSpec("virtual", "A100-SXM", 4),
                 storage_path="",
-            )
+            ),
+            ensure_manager,
         )
         self.name, self.uuids = name, uuids
         self.handle = Handle(self)
@@ -100,7 +100,7 @@ def ray_less(monkeypatch):
     async def ensure_manager(_):
         return at.manager
 
-    monkeypatch.setattr(power_agent, "ensure_manager", ensure_manager)
+    at.ensure_manager = ensure_manager
     monkeypatch.setattr(power_manager, "FleetMetrics", lambda: SimpleNamespace(export=lambda _: None))
     context = SimpleNamespace(get_session_name=lambda: "session", current_actor=None)
     monkeypatch.setattr(power_manager.ray, "get_runtime_context", lambda: context)
@@ -112,8 +112,8 @@ async def agents(gpus, ray_less, tmp_path):
     key = gpus[0].uuid.removeprefix("GPU-virtual-").removesuffix("-0")
     (tmp_path / "blocks").mkdir()
     made = [
-        Agent("a", key, [gpus[0].uuid], tmp_path / "blocks"),
-        Agent("b", key, [gpu.uuid for gpu in gpus[1:3]], tmp_path / "blocks"),
+        Agent("a", key, [gpus[0].uuid], tmp_path / "blocks", ray_less.ensure_manager),
+        Agent("b", key, [gpu.uuid for gpu in gpus[1:3]], tmp_path / "blocks", ray_less.ensure_manager),
     ]
     yield made
     for agent in made:
@@ -131,7 +131,7 @@ class Manager(GlobalPowerManager):
 
 
 async def deploy(folder, ray_less, agents, budget_w=900.0, **more):
-    manager = Manager(str(folder))
+    manager = Manager(str(folder), None)
     manager.agents = {agent.name: agent for agent in agents}
     model = {"llm_config": {"model_loading_config": {"model_id": "m"}}}
     content = {"budget_w": budget_w, "policy": "policies.uniform:allocate", "models": [model], **more}
@@ -306,7 +306,7 @@ async def test_a_manager_that_lost_its_file_has_a_larger_epoch_and_takes_the_age
 
 
 async def test_what_is_on_disk_is_taken_up_with_the_next_epoch(manager, agents, gpus, tmp_path, ray_less):
-    newer = Manager(str(tmp_path))
+    newer = Manager(str(tmp_path), None)
     newer.agents = manager.agents
     assert newer._core.record.epoch == manager._core.record.epoch + 1
     assert set(newer._core.record.agents) == {"a", "b"}

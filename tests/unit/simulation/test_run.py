@@ -17,7 +17,7 @@ from pals_ray.control.budget.schedule import Entry, Schedule
 from pals_ray.control.budget.signal_following import Following
 from pals_ray.control.snapshot import Overhead
 from pals_ray.errors import InfeasibleBudget
-from pals_ray.simulation.results.collect import collect
+from pals_ray.simulation.collect import collect
 from pals_ray.simulation.run import Run
 from pals_ray.simulation.setting import (
     AgentSilent,

@@ -14,7 +14,7 @@ from pals_ray.control.agent.commands import (
     SetGroupCap,
     SetLimits,
 )
-from pals_ray.control.ledger.charge import ChargeTerms
+from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.messages import Answer, NodeGpu, ParkOrder, Reply
 from pals_ray.control.replica.replica_controller import ReplicaController
 from pals_ray.control.snapshot import Overhead

@@ -13,7 +13,7 @@ from functools import partial
 
 from pals_ray.control.agent import commands as agent_commands
 from pals_ray.control.agent.agent_core import AgentCore
-from pals_ray.control.ledger.charge import ChargeTerms
+from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.manager import commands as manager_commands

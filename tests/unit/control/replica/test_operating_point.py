@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pals_ray.control.ledger.charge import ChargeTerms
+from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.batch_choice import graph_sizes, snap
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
 from pals_ray.control.replica.operating_point import decide

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pals_ray.control.ledger.charge import EPS_W
+from pals_ray.control.charge import EPS_W
 from pals_ray.control.slo import QosState, observe, tally_of
 from pals_ray.simulation.engine.scheduler import Engine
 from pals_ray.simulation.results.run_result import Cut, QosInterval
