@@ -19,8 +19,9 @@ from ray.llm._internal.serve.core.server.builder import build_llm_deployment
 from ray.serve import Application
 from ray.serve.llm import LLMConfig
 
-from pals_ray.config.fleet import ConfigError, FleetConfig, ModelConfig, explain, load_fleet_config, parse_fleet_config
+from pals_ray.config.fleet import FleetConfig, ModelConfig, load_fleet_config, parse_fleet_config
 from pals_ray.config.policy_path import load_policy
+from pals_ray.config.reader import ConfigError, explain
 from pals_ray.gpus.base import GpuError
 from pals_ray.gpus.drivers import choose_kind
 from pals_ray.runtime.manager.predictors import read_profile

@@ -8,7 +8,7 @@ import pkgutil
 from dataclasses import dataclass
 
 import policies
-from pals_ray.config.fleet import ConfigError
+from pals_ray.config.reader import ConfigError
 from pals_ray.control.snapshot import Policy
 
 

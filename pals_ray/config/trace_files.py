@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pals_ray.config.fleet import ConfigError
+from pals_ray.config.reader import ConfigError
 from pals_ray.simulation.traces import Trace
 
 #: Where each format is published, for whoever has no file yet.
