@@ -15,9 +15,6 @@ from pals_ray.control.snapshot import Policy
 class UnknownPolicy(ConfigError):
     """A policy path that names nothing callable."""
 
-    def __reduce__(self) -> tuple[type[UnknownPolicy], tuple[str]]:
-        return UnknownPolicy, (self.message,)
-
 
 @dataclass(frozen=True, slots=True)
 class PolicyInfo:

@@ -23,8 +23,8 @@ class ConfigError(PalsError, ClickException):
     def __str__(self) -> str:
         return self.message
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[str]]:
-        return ConfigError, (self.message,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message,)
 
 
 class StrictModel(BaseModel):

@@ -35,7 +35,7 @@ class MissingTrace(ConfigError):
         self.path = path
         self.kind = kind
 
-    def __reduce__(self) -> tuple[type[MissingTrace], tuple[Path, str]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[Any, ...]:
         return MissingTrace, (self.path, self.kind)
 
 
