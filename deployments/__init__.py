@@ -15,7 +15,7 @@ __all__ = ["app", "build"]
 
 
 def __getattr__(name: str) -> Any:
-    # Built when asked for: whoever wants `build` with a file of their own must not build the default fleet first.
+    # Built only when asked for, so that `build` with another file does not build the default fleet first.
     if name == "app":
         return build({})
     raise AttributeError(name)

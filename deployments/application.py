@@ -32,11 +32,11 @@ from pals_ray.runtime.serve.server import TINY_FOLDER, TINY_MODELS, PowerLLMServ
 EXAMPLES = Path(__file__).parent / "examples"
 DEFAULT_CONFIG = EXAMPLES / "tiny.yaml"
 
-#: What a replica on virtual GPUs needs of Ray: next to no CPU, since its GPUs are modelled.
+#: What a replica on virtual GPUs reserves in Ray: very little CPU, so that many fit on a small machine.
 _CPU_BUNDLE = {"CPU": 0.2}
 _CPU_ACTOR = {"num_cpus": 0.1}
 
-#: The ingress stays where the head's :8000 and the manager are: no worker takes the APIs with it when it dies.
+#: The ingress runs on the head node, as the manager does, so that no dying worker node takes the APIs with it.
 _ON_HEAD = {"num_cpus": 0, "resources": {HEAD_NODE_RESOURCE_NAME: 0.001}}
 
 _SCALE_KEYS = ("num_replicas", "autoscaling_config")
@@ -96,7 +96,7 @@ def build_application(fleet: FleetConfig) -> Application:
 
 
 def _settled(fleet: FleetConfig) -> FleetConfig:
-    """The fleet with what `auto` hardware means on this machine, checked as if it had been written."""
+    """The fleet with `auto` hardware replaced by what it means on this machine, and checked again."""
     try:
         kind, _ = choose_kind(fleet.hardware.kind)
     except GpuError as error:
@@ -107,7 +107,7 @@ def _settled(fleet: FleetConfig) -> FleetConfig:
 
 
 def version_of(fleet: FleetConfig) -> str:
-    """When this deployment was built, and what it holds: later builds win, the same content changes nothing."""
+    """When this deployment was built, and a digest of its content. A later build wins; equal content is no change."""
     return f"{time.time_ns():020d}-{_digest(fleet.model_dump(mode='json'))}"
 
 
@@ -118,15 +118,15 @@ def _digest(*content: Any) -> str:
 def _pin_version(application: Application, *content: Any) -> Application:
     """Have Serve restart replicas only when what they are made from has changed, or this package has.
 
-    `serve run` gives every deployment a random version each time, which would restart all engines for a new budget;
-    Serve's own option for it is gone, but for the attribute that it reads.
+    `serve run` gives every deployment a random version each time, which would restart all engines for a new budget.
+    Serve has no option for it any more, but still reads this attribute.
     """
     application._bound_deployment._version = _digest(importlib.metadata.version("pals-ray"), *content)
     return application
 
 
 def _scale(model: ModelConfig) -> dict[str, Any]:
-    """How many replicas: kept out of the LLMConfig, which is a constructor argument, so that scaling restarts none."""
+    """How many replicas. Not in the LLMConfig, since that is a constructor argument whose change restarts replicas."""
     deployment = model.llm_config.get("deployment_config", {})
     return {key: deployment[key] for key in _SCALE_KEYS if key in deployment}
 
@@ -148,12 +148,12 @@ def _llm_config(model: ModelConfig, hardware: HardwareSpec) -> LLMConfig:
     for key in _SCALE_KEYS:
         deployment.pop(key, None)
     deployment.setdefault("health_check_period_s", 2)
-    # Serve gives a replica up after three of these. Over a link that is mended after 30 s TCP may be silent for 55.
+    # Serve gives a replica up after three of these. After a link was down for 30 s, TCP may stay silent for 55 s.
     deployment.setdefault("health_check_timeout_s", 25)
     deployment.setdefault("request_router_config", dict(ROUTER_CONFIG))
     deployment.setdefault("max_constructor_retry_count", 2)
-    # Here, not in the replica: Serve LLM settles the engine's arguments when the application is built.
-    # A worker that the file names stays: on virtual GPUs one that claims them, as ours do.
+    # Set here and not in the replica, because Serve LLM fixes the engine's arguments when the application is built.
+    # A worker class that the file names stays; on virtual GPUs it must claim them, as ours do.
     engine = content.setdefault("engine_kwargs", {})
     engine.update(engine_hooks(hardware) | {key: engine[key] for key in ("worker_cls",) if key in engine})
     source = model.model_source

@@ -25,7 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Late, since the handle imports Ray, which guardian, ranks and EngineCore have no use for.
+    # Imported only when asked for: the handle imports Ray, which guardian, ranks and EngineCore do not need.
     if name in {"Fleet", "NotRunning", "connect"}:
         from pals_ray.runtime import client
 

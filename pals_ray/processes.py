@@ -1,4 +1,4 @@
-"""Which process a pid meant: pids are reused, a pid together with its start time is not."""
+"""Processes identified by pid and start time, because pids alone are reused."""
 
 from __future__ import annotations
 

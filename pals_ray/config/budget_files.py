@@ -27,7 +27,7 @@ GPU_COLUMNS = ("gpu_w", "gpu_watts", "gpu_power_w")
 
 
 def _wall_time(given: Any) -> datetime:
-    """A date with a time of day. Bare dates and numbers are refused: of both it is unclear which instant is meant."""
+    """A date with a time of day. Bare dates and numbers are refused, because it is unclear which instant they mean."""
     if isinstance(given, datetime):
         return given
     try:
@@ -58,7 +58,7 @@ class ScheduleEntry(StrictModel):
     ramp_s: float = Field(0.0, ge=0, allow_inf_nan=False)
 
     def entry(self, zone: tzinfo | None) -> Entry:
-        """In Unix time. `zone` is where times without an offset are; raises ValueError for one that is no instant."""
+        """In Unix time. `zone` holds for times without an offset. Raises ValueError for a time that is no instant."""
         start_s = -math.inf if self.start is None else _unix_s(self.start, zone)
         end_s = math.inf if self.end is None else _unix_s(self.end, zone)
         if end_s <= start_s:
@@ -67,7 +67,7 @@ class ScheduleEntry(StrictModel):
 
 
 class ScheduleFile(StrictModel):
-    """A schedule: entries, and the time zone of those times in them that say no offset of their own."""
+    """A schedule: entries, and the time zone for times that have no offset."""
 
     time_zone: Annotated[str, AfterValidator(_known_zone)] | None = None
     entries: tuple[ScheduleEntry, ...]
@@ -91,7 +91,7 @@ class ScheduleFile(StrictModel):
 
 
 def _unix_s(given: datetime, zone: tzinfo | None) -> float:
-    """The instant that a time of the file means. Refused are those that mean none, or could mean two."""
+    """The instant that a time of the file means. Raises ValueError for one that means none, or could mean two."""
     if given.tzinfo is not None:
         return given.timestamp()
     if zone is None:

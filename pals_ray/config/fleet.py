@@ -105,12 +105,12 @@ class ModelConfig(StrictModel):
 
     @property
     def model_source(self) -> str:
-        """Where Ray loads it from; its id where nothing else is said."""
+        """Where Ray loads it from; by default its id."""
         return str(self.llm_config["model_loading_config"].get("model_source", self.model_id))
 
     @property
     def known_as(self) -> str:
-        """The name by which tables may know it: of the model that it stands for, else of the one that it loads."""
+        """The name to look up in our tables: that of the model it stands for, else of the one that it loads."""
         return self.stands_for or self.model_source
 
     @property
@@ -124,7 +124,7 @@ class ModelConfig(StrictModel):
 
     @property
     def expert_parallel(self) -> int:
-        """Ranks that whole experts are spread over: all tensor-parallel ones, where vLLM is told so."""
+        """Over how many ranks whole experts are spread: all tensor-parallel ones where vLLM is told so, else 1."""
         enabled = self.llm_config.get("engine_kwargs", {}).get("enable_expert_parallel", False)
         return self.tensor_parallel if enabled else 1
 

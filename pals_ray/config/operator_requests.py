@@ -1,4 +1,4 @@
-"""What an operator asks for by call or over HTTP, beside one number of watts: checked here, as files are."""
+"""What an operator asks for by call or over HTTP and is more than a number of watts: checked here, as files are."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class FollowRequest(StrictModel):
         return self
 
     def plan(self) -> FollowedSignal:
-        """What the manager is asked to follow; it is the manager who says when it starts."""
+        """What the manager is asked to follow. The manager sets the start time."""
         times_s = self.time_s
         if times_s is None:
             times_s = tuple((SIGNAL_EVERY_S * np.arange(len(self.value))).tolist())

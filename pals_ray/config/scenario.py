@@ -116,12 +116,12 @@ class TraceSpec(StrictModel):
 
 
 class LoadSpec(StrictModel):
-    """Offered load, a case for each share of what the reference serves when saturated.
+    """Offered load: one case for each share of what a reference fleet serves when saturated.
 
     `of` is `static` (highest cap, the start batch) or `budget` (every GPU at its even part of the budget, the start
-    batch). `peak_over_mean` scales the ups and downs of a trace's arrivals so that its fullest 5 min have so many times
-    the mean (None: as they are). `saturated` adds a case in which requests never run out. A fleet doesn't start under
-    full load: requests rise to it over `ramp_s`.
+    batch). `peak_over_mean` scales the swings of a trace's arrivals so that its fullest 5 min have that many times
+    the mean (None: unscaled). `saturated` adds a case in which requests never run out. At the start requests rise to
+    the full load over `ramp_s`.
     """
 
     shares: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.9, 0.7, 0.5)
@@ -161,7 +161,7 @@ class RegulationSpec(StrictModel):
 
 class BudgetSpec(StrictModel):
     """The budget, W at node level: `watts` as it is, or `shares` of what the fleet is charged at its highest caps (a
-    case each, `sweep_s` long); with neither, that charge itself. `event` is one more case, `regulation` the only."""
+    case each, `sweep_s` long); with neither, that charge itself. `event` adds a case; `regulation` replaces all."""
 
     watts: Watts | None = None
     shares: tuple[Share, ...] = ()

@@ -14,7 +14,7 @@ import numpy as np
 from pals_ray.config.reader import ConfigError
 from pals_ray.simulation.traces import Trace
 
-#: Where each format is published, for whoever has no file yet.
+#: Where each format is published, for users who have no file yet.
 PUBLISHED = {
     "azure": "the Azure Public Dataset (github.com/Azure/AzurePublicDataset, "
     "data/AzureLLMInferenceTrace_conv.csv; Splitwise, ISCA'24; CC-BY-4.0)",
@@ -55,7 +55,7 @@ def load_trace(path: str | Path, kind: str) -> Trace:
     time_s = time_s - time_s[0]
     if time_s[-1] <= 0:
         raise ConfigError(f"{path}: all requests come at the same time")
-    # The last request holds for a mean gap, so that repeating the trace keeps its rate.
+    # The trace ends a mean gap after its last request, so that repeating it keeps its rate.
     duration_s = float(time_s[-1] * len(rows) / (len(rows) - 1))
     return Trace(time_s, np.maximum(prompts, 1), outputs, duration_s)
 

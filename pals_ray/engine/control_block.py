@@ -124,7 +124,7 @@ class ControlBlock:
         header = np.zeros(1, dtype=_LAYOUT)
         header["magic"], header["version"] = _MAGIC, _VERSION
         header["owner_pid"], header["owner_start_ticks"] = identify()
-        # Whoever opens the name finds a whole block: written beside it and renamed.
+        # Written under another name and renamed, so that whoever opens the block finds it whole.
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_bytes(header.tobytes())
         temporary.rename(path)
@@ -152,7 +152,7 @@ class ControlBlock:
         """Remove the name. Processes that have it mapped keep their mapping."""
         self.path.unlink(missing_ok=True)
 
-    # The agent's side.
+    # What the agent reads and writes.
 
     def order_batch_limit(self, limit: int) -> None:
         """Order how many sequences the engine may run at once; it clamps to 1..start value."""
@@ -161,11 +161,11 @@ class ControlBlock:
         self._fields["batch_limit"][0] = limit
 
     def park(self, parked: bool) -> None:
-        """Say whether the replica rests: requests are then to go to others of its model."""
+        """Say whether the replica is parked: requests then go to other replicas of its model."""
         self._fields["parked"][0] = parked
 
     def is_parked(self) -> bool:
-        """Whether the replica rests."""
+        """Whether the replica is parked."""
         return bool(self._get("parked"))
 
     def owner(self) -> ProcessId:
@@ -181,7 +181,7 @@ class ControlBlock:
         return self._get("logger_heartbeat_ns")
 
     def scheduler(self) -> SchedulerReading:
-        """What the scheduler last wrote (each number is whole; together they may straddle a step)."""
+        """What the scheduler last wrote. Each number is whole, but they may come from two successive steps."""
         shared = {name: self._get(name) for name in ("max_batch", "step_tokens", "kv_tokens", "limit_in_force")}
         own = {name: self._get(f"scheduler_{name}") for name in ("heartbeat_ns", "running", "waiting")}
         return SchedulerReading(**shared, **own)
@@ -201,8 +201,11 @@ class ControlBlock:
         )
 
     def _consistent_copy(self, timeout_s: float = 0.1) -> Any:
-        """Copy until no record was being written. After `timeout_s` (a writer died inside one) take what is there:
-        each number is whole, and at most one step apart from the others."""
+        """Copy until no record is being written meanwhile.
+
+        After `timeout_s` a writer has died while writing, and the copy is taken as it is: each number is whole, and at
+        most one step apart from the others.
+        """
         sequences = (self._fields["logger_sequence"], self._fields["worker_sequence"])
         deadline = time.monotonic() + timeout_s
         while True:
@@ -211,15 +214,15 @@ class ControlBlock:
             unchanged = before == [sequence.item(0) for sequence in sequences]
             if (unchanged and not any(value % 2 for value in before)) or time.monotonic() > deadline:
                 return copy[0]
-            time.sleep(0.0002)  # Let a writer go on that shares our core.
+            time.sleep(0.0002)  # A writer that shares this core must be able to go on.
 
 
 class RecordWriter:
-    """`with` block around the stores of one record: the sequence is odd while it is being written."""
+    """Use it in `with` around the stores of one record: the sequence is odd while the record is being written."""
 
     def __init__(self, sequence: NDArray[np.int64]) -> None:
         self._sequence = sequence
-        # A writer that died inside its record left the sequence odd; its successor starts even.
+        # A writer that died while writing left the sequence odd; its successor makes it even.
         sequence[0] = sequence.item(0) + sequence.item(0) % 2
 
     def __enter__(self) -> None:

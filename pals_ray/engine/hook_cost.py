@@ -1,4 +1,4 @@
-"""What our hooks cost a step of the engine, measured on this machine without one."""
+"""What our hooks add to a step of the engine, measured on this machine without an engine."""
 
 from __future__ import annotations
 

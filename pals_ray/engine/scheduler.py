@@ -30,7 +30,7 @@ class PowerAwareScheduler(Scheduler):  # type: ignore[misc]
     """
 
     def __new__(cls, vllm_config: VllmConfig, **_: Any) -> PowerAwareScheduler:
-        """Over the scheduler that vLLM would take for this engine, by its own setting."""
+        """Extend the scheduler that vLLM would choose for this engine: asynchronous or not."""
         asynchronous = cls is PowerAwareScheduler and vllm_config.scheduler_config.async_scheduling
         made: PowerAwareScheduler = super().__new__(_PowerAwareAsyncScheduler if asynchronous else cls)
         return made
@@ -60,7 +60,7 @@ class PowerAwareScheduler(Scheduler):  # type: ignore[misc]
 
 
 class _PowerAwareAsyncScheduler(PowerAwareScheduler, AsyncScheduler):  # type: ignore[misc]
-    """The same, for engines that schedule a step before the last one's tokens are known."""
+    """The same, for engines that schedule a step before the tokens of the last one are known."""
 
 
 def die_with_parent() -> None:
@@ -75,5 +75,5 @@ def die_with_parent() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent.pid:  # It went before the call.
+    if os.getppid() != parent.pid:  # The parent ended before the call to prctl.
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The live batch limit, as the scheduler sees it; free of vLLM, so that rule and cost can be tested alone."""
+"""What our scheduler adds to vLLM's: it obeys the ordered batch limit and reports. Free of vLLM, to be tested alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pals_ray.processes import identify
 
 
 class SchedulerHook:
-    """What `PowerAwareScheduler` adds to a step; apart from it, so that its cost can be measured alone."""
+    """What `PowerAwareScheduler` does at each step beside vLLM's own scheduling, through the control block."""
 
     def __init__(self, block: ControlBlock, max_batch: int) -> None:
         self._max_batch = max_batch
@@ -24,15 +24,17 @@ class SchedulerHook:
         self.publish(0, 0)
 
     def limit(self, running: int) -> int:
-        """How many may run in this step: what was ordered, within 1..start value, never under what runs already
-        (vLLM asserts that). Nothing ordered yet means the start value."""
+        """How many sequences may run in this step: the ordered limit, from 1 to the start value.
+
+        It is never below what runs already, which vLLM asserts. Before the first order it is the start value.
+        """
         ordered = self._ordered.item(0) or self._max_batch
         limit = min(ordered, self._max_batch)
         self._in_force[0] = limit
         return max(limit, running, 1)
 
     def publish(self, running: int, waiting: int) -> None:
-        """Say what the step left running and waiting, and when."""
+        """Write what runs and waits after the step, and the time."""
         self._running[0] = running
         self._waiting[0] = waiting
         self._heartbeat_ns[0] = time.monotonic_ns()

@@ -12,9 +12,9 @@ HardwareKind = Literal["nvml", "virtual"]
 
 
 def choose_kind(asked: Literal["nvml", "virtual", "auto"]) -> tuple[HardwareKind, str]:
-    """What `auto` means on this node, and why: NVML where it shows a GPU, virtual GPUs elsewhere.
+    """The kind of hardware to use on this node, and why. `auto` means NVML where it shows a GPU, else virtual GPUs.
 
-    Raises `GpuError` where an NVIDIA driver is there but broken: nobody wants modelled GPUs in place of real ones.
+    Raises `GpuError` where an NVIDIA driver is there but broken, rather than use modelled GPUs in place of real ones.
     """
     if asked != "auto":
         return asked, f"the configuration says `{asked}`"
@@ -34,7 +34,7 @@ def choose_kind(asked: Literal["nvml", "virtual", "auto"]) -> tuple[HardwareKind
 def open_driver(
     kind: HardwareKind, *, virtual_key: str = "", virtual_product: str = "A100-SXM", virtual_count: int = 4
 ) -> GpuDriver:
-    """Open the driver of this node; virtual GPUs are named by their node's key and made if need be.
+    """Open the driver of this node. Virtual GPUs are found by their node's key, and made if there are none yet.
 
     Raises `GpuDriverMissingError` for `nvml` without an NVIDIA driver, and `GpuError` for what doesn't work.
     """

@@ -1,4 +1,4 @@
-"""The hardware seam: one protocol and one set of errors, for NVML and for virtual GPUs alike."""
+"""What a GPU and a driver must offer, and the errors that they raise: the same for NVML and for virtual GPUs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Gpu(Protocol):
 
     @property
     def uuid(self) -> str:
-        """Its stable name; known without asking the device."""
+        """Its stable name, known without a call to the device."""
 
     @property
     def info(self) -> GpuInfo:
@@ -48,23 +48,23 @@ class Gpu(Protocol):
         """The power limit in force, W: the lower of in-band and out-of-band."""
 
     def ordered_limit_w(self) -> float:
-        """The in-band limit last ordered by anyone, W: the one to note at first and to restore at the end."""
+        """The in-band limit that anyone last ordered, W: noted before we change it, and restored at the end."""
 
     def set_limit_w(self, limit_w: float) -> float:
         """Order a power limit, W, and read back the one in force, W.
 
         Raises `GpuRangeError` outside the range and `GpuPermissionError` without the right. After any `GpuError` the
-        order may have been taken all the same: only `limit_w` tells.
+        device may still have taken the order; only `limit_w` tells.
         """
 
     def may_set_limit(self) -> bool:
-        """Whether `set_limit_w` would be allowed, found by ordering once more the limit that is ordered already."""
+        """Whether `set_limit_w` would be allowed, found by ordering again the limit that was ordered last."""
 
     def power_w(self) -> float:
         """Draw now, W (instantaneous also on parts whose default reading is a 1 s average)."""
 
     def energy_j(self) -> float:
-        """Energy since some start, J; its differences are the best power reading there is."""
+        """Energy since an arbitrary start, J. Its differences give the most accurate mean power."""
 
     def cap_binding(self) -> bool:
         """Whether the software power cap holds the clocks down at this instant."""
@@ -80,17 +80,17 @@ class GpuDriver(Protocol):
     """All GPUs of a node."""
 
     def gpus(self) -> Sequence[Gpu]:
-        """Every GPU of the node, in the driver's order; those without a limit of their own too (see `Gpu.info`)."""
+        """Every GPU of the node in the driver's order, also those without a limit of their own (see `Gpu.info`)."""
 
     def gpu(self, uuid: str) -> Gpu:
         """The GPU with this UUID. Raises `GpuLostError` where there is none, `GpuUnsupportedError` for a slice."""
 
     def close(self) -> None:
-        """Let go of the library; its GPUs no longer answer."""
+        """Close the library; its GPUs no longer answer."""
 
 
 def checked_limit_mw(limit_w: float, info: GpuInfo) -> int:
-    """An order in W as the whole mW that a device takes. Raises `GpuRangeError` outside its range, NaN included."""
+    """A limit in W as the whole mW that a device takes. Raises `GpuRangeError` outside its range, and for NaN."""
     if not info.min_limit_w <= limit_w <= info.max_limit_w:
         raise GpuRangeError(
             f"GPU {info.uuid} ({info.product}): a limit of {limit_w:g} W was asked, but it takes "
@@ -100,7 +100,7 @@ def checked_limit_mw(limit_w: float, info: GpuInfo) -> int:
 
 
 def permission_help(action: str, uuid: str) -> str:
-    """What to tell an operator whose process may not set limits: the ways out."""
+    """What an operator whose process may not set limits can do about it."""
     return (
         f"GPU {uuid}: no permission to {action}. Ways out: run as root; give the process CAP_SYS_ADMIN; let the site's "
         "administrator set the limit or run Zeus's privileged daemon `zeusd`; or start with `allow_unenforced: true`, "

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs through NVML (package nvidia-ml-py): the vendor's units and errors end here."""
+"""NVIDIA GPUs through NVML (package nvidia-ml-py): here its units and errors are turned into ours."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _UNSUPPORTED = (NVML_ERROR_NOT_SUPPORTED, NVML_ERROR_FUNCTION_NOT_FOUND)
 
 
 def _translated(error: NVMLError, action: str, uuid: str, invalid: type[GpuError] = GpuError) -> GpuError:
-    """Our error for the vendor's, with what was tried and what to do; `invalid` is what a bad argument means there."""
+    """Our error for NVML's, with what was tried and what to do; for an invalid argument it is of type `invalid`."""
     if error.value == NVML_ERROR_NO_PERMISSION:
         return GpuPermissionError(permission_help(action, uuid))
     if error.value in _LOST:
@@ -103,7 +103,7 @@ class NvmlGpu:
     @cached_property
     @_maps_errors("read what it is and the range of its power limit")
     def info(self) -> GpuInfo:
-        """Identity and range. `idle_w` is the table's for this product, or 0: NVML doesn't know it."""
+        """Identity and range. NVML does not know `idle_w`: it comes from our table of products, or is 0."""
         if self._mig_enabled():
             raise GpuUnsupportedError(_mig_message(self.uuid, "is divided into MIG slices"))
         min_mw, max_mw = pynvml.nvmlDeviceGetPowerManagementLimitConstraints(self._handle)
@@ -142,7 +142,7 @@ class NvmlGpu:
 
     @_maps_errors("try whether its power limit may be set")
     def may_set_limit(self) -> bool:
-        # Not the limit in force: where an out-of-band one is lower, ordering that would change what is ordered.
+        # Not the limit in force: where an out-of-band limit is lower, ordering it would change the in-band limit.
         ordered_mw = pynvml.nvmlDeviceGetPowerManagementLimit(self._handle)
         try:
             pynvml.nvmlDeviceSetPowerManagementLimit(self._handle, ordered_mw)
@@ -154,7 +154,7 @@ class NvmlGpu:
 
     @_maps_errors("read its power draw")
     def power_w(self) -> float:
-        """Draw now, W: field 186 where the part has it, else the power usage, which is instantaneous on those parts.
+        """Draw now, W: field 186 where the part has it. On parts without it the power usage is instantaneous.
 
         NVML's `nvmlDeviceGetPowerUsage` is a 1 s mean on Ampere (GA100 aside) and newer; those parts have the field.
         """
@@ -162,7 +162,7 @@ class NvmlGpu:
             try:
                 return self._instant_power_w()
             except NVMLError as error:
-                # A driver too old for the field calls its number an invalid argument.
+                # A driver older than the field answers that its number is an invalid argument.
                 if error.value not in (*_UNSUPPORTED, NVML_ERROR_INVALID_ARGUMENT):
                     raise
                 self._has_instant_power = False
@@ -183,7 +183,7 @@ class NvmlGpu:
         return bool(pynvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle) & nvmlClocksEventReasonSwPowerCap)
 
     def state(self) -> GpuState:
-        """Three calls, one after another; `floor_w` is 0, NVML doesn't know it."""
+        """Three calls, one after another. `floor_w` is 0, since NVML does not know it."""
         return GpuState(uuid=self.uuid, limit_w=self.limit_w(), power_w=self.power_w(), energy_j=self.energy_j())
 
     @_maps_errors("list the processes on it")
@@ -207,7 +207,7 @@ def _mig_message(uuid: str, what: str) -> str:
 
 
 class NvmlDriver:
-    """The NVIDIA GPUs of this node. Open it after a fork, not before: NVML's state doesn't survive one."""
+    """The NVIDIA GPUs of this node. Open it after a fork, not before: NVML's state does not survive a fork."""
 
     def __init__(self) -> None:
         """Load NVML. Raises `GpuDriverMissingError` without an NVIDIA driver, `GpuError` where it doesn't work."""
@@ -236,7 +236,7 @@ class NvmlDriver:
             try:
                 found.append(NvmlGpu(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index))))
             except NVMLError as error:
-                # One broken device, or one that this container may not open, must not hide the others.
+                # A broken device, or one that this container may not open, must not hide the others.
                 logger.warning("GPU %d of this node is left out, it does not say its UUID: %s", index, error)
         return tuple(found)
 

@@ -1,4 +1,4 @@
-"""Virtual GPUs: what NVML would say of GPUs that aren't there. Limits, claims and energy live in shared memory.
+"""Virtual GPUs, which answer as NVML would. Limits, claims and energy are kept in shared memory.
 
 Two sides use them. Agents call the protocol of `pals_ray.gpus.gpu_protocol`, as they do for NVML. The paced worker of
 each rank claims a GPU, reads the caps in effect and records the steps that the physics of `pals_ray.models` says it has
@@ -84,7 +84,7 @@ class VirtualGpu:
         return self._cap.read()[0]
 
     def set_limit_w(self, limit_w: float) -> float:
-        """Order a limit; the cap in effect settles there as `settled_cap_w` says. Raises as the protocol does."""
+        """Order a limit; the cap in effect moves to it as `settled_cap_w` describes. Raises as the protocol does."""
         limit_mw = checked_limit_mw(limit_w, self.info)
         self._order(limit_mw / 1000)
         return self.limit_w()
@@ -97,13 +97,13 @@ class VirtualGpu:
         return True
 
     def power_w(self) -> float:
-        """Draw now, W: the step's while one runs, else idle (more with a context than without)."""
+        """Draw now, W: that of the running step, else idle draw, which is higher while a process holds the GPU."""
         self._call()
         self._free_if_dead()
         return self._load.read().power_at(self._clock())
 
     def power_usage_w(self) -> float:
-        """What NVML's plain power reading gives on this part, W: on the newer ones a 1 s average."""
+        """What NVML's plain power reading gives on this part, W: a 1 s average on newer parts."""
         if not self.spec.power_is_one_second_average:
             return self.power_w()
         self._call()
@@ -111,11 +111,11 @@ class VirtualGpu:
         return self._load.mean_power_w(self._clock(), window_s=1.0)
 
     def energy_j(self) -> float:
-        """The energy counter, J in whole mJ: continuous between bookings, and never falling."""
+        """The energy counter, J in whole mJ: continuous between steps, and never falling."""
         self._call()
         self._free_if_dead()
         energy_mj = math.floor(self._load.read().energy_at(self._clock()) * 1000)
-        # A booking between our clock and our read can be some us of draw behind what was shown before.
+        # A step recorded between reading the clock and reading the load can put the counter a few us behind.
         self._energy_shown_j = max(self._energy_shown_j, energy_mj / 1000)
         return self._energy_shown_j
 
@@ -126,9 +126,9 @@ class VirtualGpu:
         return load.binding > 0.0 and load.start_s <= self._clock() < load.end_s
 
     def state(self) -> GpuState:
-        """One call after another, as with NVML; `floor_w` is idle draw with a context where that is above the range.
+        """One call after another, as with NVML. `floor_w` is the idle draw while held, if above the lowest cap.
 
-        What a step draws at the clock floor depends on the work (`GroupPhysics`), and shows in the draw measured.
+        What a step draws at the lowest clock depends on its work (`GroupPhysics`), and shows in the measured draw.
         """
         floor_w = self.spec.idle_context_w if self._holder() is not None else 0.0
         return GpuState(
@@ -144,7 +144,7 @@ class VirtualGpu:
         holder = self.holder()
         return () if holder is None else (holder.pid,)
 
-    # -- the paced worker's side: no driver call, no delay, no lock in the hot ones
+    # -- the paced worker's side: no driver call and no delay; what runs at every step takes no lock
 
     @property
     def die(self) -> float:
@@ -152,23 +152,24 @@ class VirtualGpu:
         return float(self._record["die"][0])
 
     def effective_cap_w(self, now_s: float) -> float:
-        """The cap that the clocks obey at this instant, W: the limit in force, once settled."""
+        """The cap that the clocks obey at this instant, W; it becomes the limit in force once it has settled."""
         ordered_w, out_of_band_w, before_w, changed_s = self._cap.read()
         return settled_cap_w(before_w, min(ordered_w, out_of_band_w), now_s - changed_s)
 
-    def book_step(self, start_s: float, end_s: float, power_w: float, *, binding: bool) -> None:
-        """Book a step of the process that holds this GPU: mean draw `power_w` from `start_s` to `end_s` (monotonic).
+    def record_step(self, start_s: float, end_s: float, power_w: float, *, binding: bool) -> None:
+        """Record a step of the process that holds this GPU: mean draw `power_w` from `start_s` to `end_s` (monotonic).
 
-        Book it as soon as its end is known, even if that lies ahead: the draw then reads right while the step runs. A
-        step that starts before the last one's end cuts that one short. Between steps it draws idle with a context.
-        Raises `GpuError` in a process that doesn't hold the GPU: there is one writer, and no lock.
+        Call it as soon as the end is known, even if that is still to come, so that the draw reads right while the step
+        runs. A step that starts before the end of the last one ends that one early. Between steps the GPU draws its
+        idle power with a context. Raises `GpuError` in a process that does not hold the GPU: only the holder may write,
+        because there is no lock.
         """
         if self._claim.read()[0] != os.getpid():
             raise GpuError(f"GPU {self.uuid}: process {os.getpid()} books a step on a GPU that it does not hold.")
-        self._load.book(start_s, end_s, power_w, self._clock(), rest_w=self.spec.idle_context_w, binding=binding)
+        self._load.record(start_s, end_s, power_w, self._clock(), rest_w=self.spec.idle_context_w, binding=binding)
 
     def holder(self) -> ProcessId | None:
-        """The living process that holds this GPU; a dead one's claim is given up here."""
+        """The living process that holds this GPU. The claim of a dead process is removed here."""
         self._free_if_dead()
         return self._holder()
 
@@ -191,7 +192,7 @@ class VirtualGpu:
 
     def _rest(self, rest_w: float) -> None:
         now_s = self._clock()
-        self._load.book(now_s, now_s, rest_w, now_s, rest_w=rest_w)
+        self._load.record(now_s, now_s, rest_w, now_s, rest_w=rest_w)
 
     def _holder(self) -> ProcessId | None:
         pid, start_ticks = self._claim.read()
@@ -218,7 +219,7 @@ class VirtualGpu:
 
     @property
     def out_of_band_limit_w(self) -> float:
-        """The limit set past the driver (a BMC's), W; infinite where there is none."""
+        """The limit that was set past the driver, as by a BMC, W; infinite where there is none."""
         return self._cap.read()[1]
 
     @out_of_band_limit_w.setter
@@ -229,7 +230,7 @@ class VirtualGpu:
     # -- inside
 
     def _call(self) -> None:
-        """What every call to a driver goes through."""
+        """The checks and the delay that every call to a driver has."""
         if not self._block.is_open:
             raise GpuError(f"GPU {self.uuid}: the virtual driver of this process was closed.")
         if delay_s := self.call_delay_s:
@@ -248,7 +249,7 @@ class VirtualGpu:
             self._change_cap(limit_w, self._cap.read()[1])
 
     def _change_cap(self, ordered_w: float, out_of_band_w: float) -> None:
-        """Under the lock. An order that changes nothing in force doesn't start the settling anew."""
+        """Under the lock. An order that does not change the limit in force does not restart the settling."""
         was_ordered_w, was_out_of_band_w, before_w, changed_s = self._cap.read()
         if min(ordered_w, out_of_band_w) != min(was_ordered_w, was_out_of_band_w):
             now_s = self._clock()
@@ -315,5 +316,5 @@ class VirtualDriver:
 
 
 def effective_caps_w(gpus: Sequence[VirtualGpu], now_s: float) -> list[float]:
-    """The caps in effect on a replica's GPUs at one instant, W, in their order: a few us each, no lock."""
+    """The caps in effect on a replica's GPUs at one instant, W, in their order. Takes a few us each and no lock."""
     return [gpu.effective_cap_w(now_s) for gpu in gpus]

@@ -1,7 +1,7 @@
-"""The shared memory behind a node's virtual GPUs: layout, creation, and records that can't be read torn.
+"""The shared memory behind a node's virtual GPUs: its layout, its creation, and records that are only read whole.
 
-A plain mmapped file under /dev/shm, one per node key, made under a file lock. It stands in for the hardware, so it
-outlives every process; `make clean` removes it. All fields are aligned 8-byte words, each written by a single store.
+It is a memory-mapped file under /dev/shm, one for each node key, made under a file lock. It stands for hardware, so it
+outlives every process; `make clean` removes it. All fields are aligned 8-byte words, each written by one store.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ _GPU = np.dtype(
 class Latch:
     """A record of float64 with one writer at a time and any number of readers, none of whom ever waits.
 
-    Two slots and a counter: a writer fills the slot that isn't current, then publishes it by one store to the counter.
-    A reader that finds the counter unchanged after reading has read one record whole. A sequence lock does the same,
-    but one whose writer is killed half-way blocks all readers. (Relies on stores staying in order, as on x86-64.)
+    There are two slots and a counter. A writer fills the slot that is not current, then publishes it by one store to
+    the counter. A reader that finds the counter unchanged after reading has read one whole record. A sequence lock
+    would block all readers if its writer were killed half-way. This relies on stores staying in order, as on x86-64.
     """
 
     __slots__ = ("_count", "_slots")
@@ -169,7 +169,7 @@ def lock_path(key: str) -> Path:
 
 
 def remove_block(key: str) -> None:
-    """Remove a node's virtual GPUs for good; processes that have them mapped keep a ghost."""
+    """Remove a node's virtual GPUs for good. Processes that have them mapped keep their own mapping."""
     gpu_block_path(key).unlink(missing_ok=True)
     lock_path(key).unlink(missing_ok=True)
 
@@ -179,7 +179,7 @@ def _size(num_gpus: int) -> int:
 
 
 def _create(key: str, spec: GpuSpec, count: int, now_s: float) -> None:
-    """Build the block under another name, then rename it: nobody ever maps half of one."""
+    """Build the block under another name, then rename it, so that nobody maps a half-written one."""
     memory = bytearray(_size(count))
     header = np.ndarray((1,), _HEADER, memory)
     header["num_gpus"], header["spec"], header["magic"] = count, spec.name.encode(), _MAGIC
@@ -188,7 +188,7 @@ def _create(key: str, spec: GpuSpec, count: int, now_s: float) -> None:
     gpus["may_set"] = 1
     limit_w = spec.default_limit_w
     gpus["cap"]["slots"][:, 0] = (limit_w, np.inf, limit_w, now_s)
-    # No step yet: at rest since now, with nobody's context.
+    # No step has run yet, and no process holds a context.
     gpus["load"]["slots"][:, 0] = (0.0, now_s, now_s, spec.idle_bare_w, spec.idle_bare_w, 0.0, 1.0)
     gpus["trail"][:] = (now_s, 0.0)
     made = gpu_block_path(key).with_name(f"{gpu_block_path(key).name}.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""What a virtual GPU draws and has drawn: the last step booked, rest between steps, and an energy trail behind them."""
+"""What a virtual GPU draws and has drawn: its last step, its draw between steps, and recent values of its energy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Load:
         return self.energy_j + self.power_w * in_step_s + self.rest_w * resting_s
 
     def then(self, start_s: float, end_s: float, power_w: float, rest_w: float, binding: bool, now_s: float) -> Load:
-        """The load once another step is booked at `now_s`. What the counter may have shown is never taken back."""
+        """The load once another step is recorded at `now_s`. The energy counter never falls below what it showed."""
         start_s = max(start_s, self.start_s)
         end_s = max(end_s, start_s)
         new = Load(self.energy_at(start_s), start_s, end_s, power_w, rest_w, float(binding), self.anchors)
@@ -48,7 +48,7 @@ class Load:
 
 
 class LoadRecord:
-    """The load of one GPU in the shared block. One writer at a time: the process that holds the GPU, or the lock."""
+    """The load of one GPU in the shared block. The one writer is the process that holds the GPU, or holds the lock."""
 
     def __init__(self, latch: Latch, trail: NDArray[np.float64]) -> None:
         """`trail`: (TRAIL_LENGTH, 2) of time, s, and counter, J: a ring of anchors."""
@@ -60,10 +60,10 @@ class LoadRecord:
         """The load now."""
         return Load(*self._latch.read())
 
-    def book(
+    def record(
         self, start_s: float, end_s: float, power_w: float, now_s: float, *, rest_w: float, binding: bool = False
     ) -> None:
-        """Add a step; it may lie partly in the future. An empty one (start = end) only changes what rest draws."""
+        """Add a step, which may end in the future. An empty one (start = end) only changes the draw between steps."""
         load = self.read().then(start_s, end_s, power_w, rest_w, binding, now_s)
         anchors = int(load.anchors)
         if load.start_s - self._last_anchor_s >= _ANCHOR_GAP_S:
@@ -75,13 +75,13 @@ class LoadRecord:
         )
 
     def mean_power_w(self, now_s: float, window_s: float) -> float:
-        """Mean draw over the last `window_s`, at most 1 s; over less where the counter is younger than that."""
+        """Mean draw over the last `window_s` (at most 1 s), or since the counter began if that is less, W."""
         while True:
             version = self._latch.version()
             load, trail = self.read(), self._trail.copy()
             if self._latch.version() == version:
                 break
-        # The anchor that a writer would be filling just now may be torn: leave it out.
+        # A writer may be filling the next anchor at this moment, so it is left out.
         writing = int(load.anchors) % TRAIL_LENGTH
         anchors = np.delete(trail, writing, axis=0)
         anchors = anchors[np.argsort(anchors[:, 0])]

@@ -1,4 +1,4 @@
-"""`pals stop`: from the operator's process, so that it goes on when the manager ends."""
+"""What `pals stop` does. It runs in the operator's process, so that it goes on when the manager ends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stop_fleet(manager: Any) -> None:
     if app:
         with suppress(RayServeException):  # `serve shutdown` has deleted it before us
             serve.delete(app)
-    # A dead node's guardian restores its limits unasked.
+    # On a dead node the guardian restores the limits without being told.
     _wait_until(
         lambda: _alive().isdisjoint(ray.get(manager.replicas_left.remote()).values()),
         until_s,
@@ -43,7 +43,8 @@ def stop_fleet(manager: Any) -> None:
         until_s,
         "guardians have not restored every limit; see /tmp/pals-guardian-*.log on the nodes",
     )
-    with suppress(RayActorError):  # it answers by ending; gone before that, the call would be lost with this process
+    # The manager ends in this call. Without waiting, this process could end first and the call be lost.
+    with suppress(RayActorError):
         ray.get(manager.finish_stop.remote(), timeout=MANAGER_DEADLINE_S)
 
 
@@ -52,7 +53,7 @@ def _alive() -> set[str]:
 
 
 def _on_node(node_id: str, function: Any, *args: Any) -> Any:
-    """What a function answers on a node; None where the node is dead, or dies meanwhile."""
+    """The result of a function run on a node; None where the node is dead, or dies meanwhile."""
     if node_id not in _alive():
         return None
     affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)

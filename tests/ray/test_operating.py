@@ -41,7 +41,7 @@ def loaded(fleet, replica, running=24, tokens_per_s=300.0):
             now_s = time.monotonic()
             limit_w = gpu.limit_w()
             made += (now_s - last_s) * tokens_per_s * min(limit_w / NATURAL_W, 1.0)
-            gpu.book_step(last_s, now_s + 0.05, min(limit_w, NATURAL_W), binding=limit_w < NATURAL_W)
+            gpu.record_step(last_s, now_s + 0.05, min(limit_w, NATURAL_W), binding=limit_w < NATURAL_W)
             replica.block.field("running")[0] = running
             replica.block.field("generation_tokens")[0] += int(made)
             made, last_s = made % 1, now_s

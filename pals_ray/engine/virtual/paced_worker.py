@@ -1,4 +1,4 @@
-"""A vLLM worker on a virtual GPU: a tiny model computed on the CPU, at the pace and energy of modelled silicon."""
+"""A vLLM worker on a virtual GPU: it computes a tiny model on the CPU, at the pace and energy of a modelled GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PacedWorker(CPUWorker):  # type: ignore[misc]
     """One rank. It claims the node's lowest free virtual GPU until its process ends.
 
     vLLM computes a step in `execute_model` and, where that returned nothing, `sample_tokens`: the step begins with the
-    first and ends with whichever gave the result. Raises `PacingError` for a layout that the physics doesn't know.
+    first and ends with the one that returned the result. Raises `PacingError` for a layout that the physics lacks.
     """
 
     virtual_gpu_uuid: str
@@ -61,7 +61,7 @@ class PacedWorker(CPUWorker):  # type: ignore[misc]
         )
 
     def _unlink_all_reduce_memory(self) -> None:
-        """All ranks have mapped what vLLM's CPU all-reduce shares; its name (4 MiB a rank) would stay for ever."""
+        """Remove the file of vLLM's CPU all-reduce (4 MiB a rank). All ranks have it mapped, and vLLM leaves it."""
         engine = os.environ["VLLM_DIST_IDENT"]
         for path in Path("/dev/shm").glob(f"{glob.escape(engine)}-*-cpushm_{self.rank}"):
             path.unlink()

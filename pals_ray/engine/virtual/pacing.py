@@ -1,6 +1,6 @@
-"""The pace of a virtual GPU: how long a rank waits so that its steps take as long as the modelled silicon's.
+"""How long a rank on a virtual GPU waits, so that its steps take as long as on the modelled GPU.
 
-Apart from vLLM, so that it is tested with a clock of the test's own. `pals_ray.engine.virtual.paced_worker` drives it.
+It does not import vLLM, so that tests can use a clock of their own. `pals_ray.engine.virtual.paced_worker` drives it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from pals_ray.models.physics.step_cost import GroupPhysics, GroupStep, StepWork,
 #: Configuration of the paced worker, as JSON; set in the replica's environment before its engine starts.
 PACING_VARIABLE = "PALS_PACING"
 
-#: Between steps a busy engine pauses for 1 to 3 ms (measured; 7 at the 99th percentile), an artefact of the CPU, since
-#: real silicon is fed ahead. So a step begins where the last one should have ended, but at most this long ago: a
-#: greater delay stays a delay, and shows in modelled over wall time.
+#: Between steps a busy engine on the CPU pauses for 1 to 3 ms (measured; 7 ms at the 99th percentile). A real GPU does
+#: not pause, since its next step is queued ahead. So a step is taken to begin when the last one should have ended, but
+#: at most this long ago, s. A longer delay stays a delay, and shows in modelled over wall time.
 SHORT_PAUSE_S = 0.010
 
-#: With sequences under way a longer pause is a delay too, up to this: beyond it somebody has paused the engine.
+#: While sequences decode, a longer pause is a delay too, up to this, s. Beyond it somebody has paused the engine.
 _HELD_UP_S = 1.0
 
-#: How often a waiting rank looks whether the caps moved, s: a prefill may take a second, a cap acts in milliseconds.
+#: How often a waiting rank looks whether the caps moved, s. A prefill may take a second; a cap acts in milliseconds.
 _LOOK_S = 0.010
 
 
@@ -40,7 +40,7 @@ class PacingError(PalsError):
 
 
 class PacingConfig(BaseModel):
-    """What a rank must know: whose virtual GPUs it takes, which model it stands for, and the time scale."""
+    """What a rank must know: the node whose virtual GPUs it uses, the model it stands for, and the time scale."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -79,7 +79,7 @@ def step_work(scheduler_output: Any) -> StepWork:
 
 
 class Pacer:
-    """Stretches one rank's steps, books its GPU's energy, and counts, on the first rank, how well that went.
+    """Stretches one rank's steps and records its GPU's energy; on the first rank it also counts late steps.
 
     Every rank follows the slowest GPU of the whole group, since vLLM waits for the output rank alone. Modelled times
     are stretched by `time_scale`; watts and the caps' settling are not.
@@ -110,7 +110,7 @@ class Pacer:
     def begin(self, work: StepWork) -> None:
         """The rank starts computing a step now."""
         now_s = self._clock()
-        # What decodes ran a step ago, so the engine was held up; prompts alone may have come to an idle one.
+        # A sequence that decodes was in the last step, so the engine was busy. Prompts alone may find it idle.
         longest_pause_s = _HELD_UP_S if work.decode_seqs > 0 else SHORT_PAUSE_S
         if now_s - self._ended_s <= longest_pause_s:
             self._start_s = max(self._due_s, now_s - SHORT_PAUSE_S)
@@ -123,7 +123,7 @@ class Pacer:
         self._book(self._start_s, step)
 
     def end(self) -> None:
-        """The rank has computed the step: wait until the modelled GPUs would have, at the caps meanwhile in effect."""
+        """The rank has computed the step: wait until the modelled GPUs would have, at the caps then in effect."""
         now_s = self._clock()
         late = now_s > self._due_s
         while now_s < self._due_s:
@@ -149,7 +149,7 @@ class Pacer:
 
     def _book(self, from_s: float, step: GroupStep) -> None:
         binding = step.ranks[self._rank].binding
-        self._gpus[self._rank].book_step(from_s, self._due_s, step.power_w[self._rank], binding=binding)
+        self._gpus[self._rank].record_step(from_s, self._due_s, step.power_w[self._rank], binding=binding)
 
 
 class PaceCounters:

@@ -1,4 +1,4 @@
-"""A worker on a virtual GPU that takes no time from it: an engine under pals-ray at the speed of this machine."""
+"""A worker that holds a virtual GPU but is not paced: the engine runs at the speed of this machine."""
 
 from __future__ import annotations
 

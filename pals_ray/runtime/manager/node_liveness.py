@@ -1,8 +1,8 @@
-"""Whether a node lives, is cut off, or is gone for good: what Ray's head says of it, and whether its raylet answers.
+"""Whether a node lives, is cut off, or is gone for good, from what Ray's head says and whether its raylet answers.
 
-A host that lost its power and one whose link was cut look the same from the head, and the second goes on drawing
-watts. So silence alone never makes a node gone: its raylet must have said goodbye, or the host must say, by refusing
-the connection, that there is no raylet on it any more.
+A host that lost its power and one whose link was cut look the same from the head, but the second goes on drawing
+watts. So a silent node does not count as gone until its raylet has said goodbye, or its host refuses the connection,
+which shows that no raylet runs there any more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Knock(Enum):
 
 
 class Standing(Enum):
-    """How a node stands. A node `CUT_OFF` may be dead or alive, and draws what it last drew for all that is known."""
+    """How a node stands. One that is `CUT_OFF` may be dead or alive, and is assumed to draw what it last drew."""
 
     LIVES = "lives"
     CUT_OFF = "cut off"
@@ -45,9 +45,9 @@ def standing(node_id: str) -> Standing:
 
 
 def judge(answer: Knock, *, alive: bool, said_goodbye: bool) -> Standing:
-    """How a node stands that Ray's head holds for alive, or dead (after a goodbye or not), and whose raylet answers so.
+    """How a node stands: from what its port answers, and whether it is alive to Ray's head or has said goodbye.
 
-    One that was given up and still answers was cut off for too long, or is on its way out: it ends itself in a moment.
+    A node that Ray gave up and that still answers was cut off for too long, or is shutting down: it soon ends itself.
     """
     if alive:
         return Standing.LIVES if answer is Knock.ANSWERED else Standing.CUT_OFF
@@ -56,7 +56,7 @@ def judge(answer: Knock, *, alive: bool, said_goodbye: bool) -> Standing:
 
 
 def knock(address: str, port: int) -> Knock:
-    """Connect to a raylet's port, and say nothing."""
+    """Connect to a raylet's port without sending anything."""
     try:
         socket.create_connection((address, port), timeout=KNOCK_TIMEOUT_S).close()
     except ConnectionRefusedError:

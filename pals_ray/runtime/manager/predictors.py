@@ -14,10 +14,10 @@ from pals_ray.models.physics.constants import provenance_of
 from pals_ray.models.physics.roofline import RooflineModel, known_prior
 from pals_ray.models.specs import Parallelism, find_gpu
 
-if TYPE_CHECKING:  # a fit takes scipy, which only a manager with profiles is to carry
+if TYPE_CHECKING:  # a fit imports scipy, which only a manager with profiles should load
     from pals_ray.models.profile import Profile
 
-#: A prior's table reaches as far as any batch limit: one table then serves whatever an engine starts with.
+#: A prior's table covers every possible batch limit, so that one table serves any engine.
 MOST_BATCH = 4096
 
 log = logging.getLogger("pals.manager")
@@ -42,7 +42,7 @@ class Predictors:
         key = (model_id, product, num_gpus)
         if key not in self._made:
             model = self._models.get(model_id)
-            if model is None:  # a replica of the deployment before: on its way out
+            if model is None:  # a replica of the previous deployment, which is about to leave
                 return None
             try:
                 self._made[key] = _load(model, product, num_gpus, self._config.time_scale if virtual else 1.0)

@@ -22,12 +22,12 @@ def enrol(
     look: Callable[[str], tuple[float, bool]],
     deadline_s: float = 30.0,
 ) -> NodeState:
-    """Make the node ours: remember each GPU's limit as found, once, and see that a guardian runs.
+    """Make the node ours: note each GPU's limit as found, once, and ensure that a guardian runs.
 
-    `look` says of a GPU the limit last ordered, W, and whether we may set it. It is called under the node's lock, and
-    only where no enrolled agent lives that could be setting limits meanwhile, or of GPUs that none of them knows. A
-    limit remembered earlier stays, so that a crashed session's caps are not taken for the operator's own. Waits for a
-    stop that is under way. Raises `GuardianError` where no guardian comes up within `deadline_s`.
+    `look` returns a GPU's limit last ordered, W, and whether we may set it. It is called under the node's lock, and
+    only for GPUs that no living agent has enrolled, since such an agent could be setting limits meanwhile. A limit
+    noted earlier stays, so that the caps of a crashed session are not taken for the operator's own. Waits for a stop
+    that is under way. Raises `GuardianError` where no guardian comes up within `deadline_s`.
     """
     until = time.monotonic() + deadline_s
     uuids = tuple(uuids)
@@ -97,12 +97,12 @@ def _start_guardian(key: str) -> None:
 
 
 def order_stop(key: str) -> None:
-    """Tell the node's guardian to restore all limits as soon as our engines are gone, and to leave."""
+    """Tell the node's guardian to restore all limits as soon as our engines are gone, and then to end."""
     update_state(key, lambda state: None if state is None else replace(state, stop=True))
     keep_guardian(key)
 
 
 def is_stopping(key: str) -> bool:
-    """Whether limits are still to be given back; a guardian that died on the way is started again."""
+    """Whether limits are still to be restored. A guardian that died meanwhile is started again."""
     keep_guardian(key)
     return read_state(key) is not None

@@ -1,8 +1,8 @@
-"""The node's guardian: a tiny process out of Ray's reach that gives every GPU its own limit back.
+"""The node's guardian: a tiny process outside Ray that restores every GPU's limit after a crash or a stop.
 
-None of an actor's handlers runs on `ray stop -f`, `ray.kill` or SIGKILL, and a power limit outlives the process that
-set it. So the first agent of a node starts this, detached twice (Ray kills direct children), and it stays until the
-raylet and our engines are gone or the manager says stop.
+No handler of an actor runs on `ray stop -f`, `ray.kill` or SIGKILL, and a power limit outlives the process that set it.
+So the first agent of a node starts this process, detached twice because Ray kills direct children. It stays until the
+raylet and our engines are gone, or the manager says stop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pals_ray.runtime.node.ownership import kill_engines
 BEAT_S = 0.5
 #: How long to wait after an attempt that failed.
 RETRY_S = 2.0
-#: How long replicas without an engine may outlive the restored limits before their blocks are left behind.
+#: How long to wait, after the limits are restored, for replicas without an engine to go. Then their blocks stay.
 SWEEP_S = 15.0
 
 #: Drivers keep limits in whole mW.
@@ -52,23 +52,23 @@ def watch(key: str) -> None:
 
 
 def _is_due(state: NodeState) -> bool:
-    """Whether the node is to be given back: the manager said so or its raylet is gone, and our processes are too."""
+    """Whether to restore the limits: the manager said stop or the raylet is gone, and agents and engines are gone."""
     over = state.stop or not is_alive(state.raylet)
     if not over or any(is_alive(agent) for agent in state.agents):
         return False
-    # Without agents there is no replica any more, and no engine is to outlive it.
+    # Without agents there is no replica any more, and no engine may outlive its replica.
     return not kill_engines(str(block_path(state.node_key, ""))) and not live_engines(state.node_key)
 
 
 def _give_back(state: NodeState | None) -> NodeState | None:
-    """Under the node's lock, so that no agent enrols half-way: restore all limits; None once nothing is left to do."""
+    """Restore all limits under the node's lock, so that no agent enrols meanwhile. None once nothing is left to do."""
     if state is None or state.guardian != identify() or not _is_due(state):
         return state
     return None if _restore_all(state) else state
 
 
 def _sweep_blocks(key: str) -> None:
-    """Remove control blocks; a replica may take a moment longer to go than its engine and agent."""
+    """Remove control blocks, and wait for replicas, which may end a moment later than their engine and agent."""
     until_s = time.monotonic() + SWEEP_S
     sweep(key)
     while any(SHARED_MEMORY.glob(f"pals-{key}-*")) and time.monotonic() < until_s:
@@ -77,7 +77,7 @@ def _sweep_blocks(key: str) -> None:
 
 
 def _restore_all(state: NodeState) -> bool:
-    """Give back every limit that differs from the one found; True once none is left to give back."""
+    """Restore every limit that differs from the one found. True once none is left."""
     driver = state.hardware.open(state.node_key)
     try:
         done = [_restore(driver, uuid, limit_w) for uuid, limit_w in state.found_limit_w.items()]

@@ -1,4 +1,4 @@
-"""Which GPUs a node's agent and guardian open: a value that travels between processes."""
+"""Which GPUs a node's agent and guardian open, as a value that is sent between processes."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def is_ours(pid: int, raylet: ProcessId) -> bool:
 
 
 def visible_gpus(uuids: list[str], raylet: ProcessId) -> set[str]:
-    """The GPUs, of those a node has in the driver's order, that this raylet may give out.
+    """Which of a node's GPUs, given in the driver's order, this raylet may give out.
 
     A raylet hands out what its CUDA_VISIBLE_DEVICES names (indices or UUIDs), or all there are.
     """
@@ -46,10 +46,11 @@ def visible_gpus(uuids: list[str], raylet: ProcessId) -> set[str]:
 
 
 def kill_engines(block: str) -> int:
-    """Kill every engine process whose control block's path begins with `block`; how many there were.
+    """Kill every engine process whose control block's path begins with `block`, and return how many there were.
 
-    Needed for an engine whose replica dies while it starts: it has no scheduler yet that would see to that, and waits
-    for minutes for its dead parent. Engines inherit the block's name, replicas only set it: they are not found.
+    This is for an engine whose replica dies while the engine starts: it has no scheduler yet that would end it, and
+    would wait for its dead parent for minutes. Engines are found by the block's name in the environment that they
+    started with. Replicas set it only later, so they are not found.
     """
     found = 0
     for process in psutil.process_iter():

@@ -43,7 +43,7 @@ class PowerIngress(OpenAiIngress):  # type: ignore[misc]
     so that a redeploy with another budget restarts nothing."""
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Hand the deployed configuration and its version to the manager; idempotent."""
+        """Give the deployed configuration and its version to the manager. Calling it again changes nothing."""
         manager = await ensure_manager(user_config["config"]["storage_path"])
         app = serve.get_replica_context().app_name
         await manager.configure.remote(user_config["config"], user_config["version"], app)

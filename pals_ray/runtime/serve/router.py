@@ -1,4 +1,4 @@
-"""The request router of our deployments: Serve's power of two choices, which passes by replicas told to rest."""
+"""The request router of our deployments: Serve's power of two choices, without parked replicas."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from ray.serve._private.common import ReplicaID
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.request_router import PendingRequest
 
-#: What a replica's routing statistics say: whether it rests.
+#: The key in a replica's routing statistics that says whether it is parked.
 PARKED = "pals_parked"
 
-#: The routers hear of it within this time and a reconcile period of Serve's, s.
+#: The routers learn of it within this time plus one reconcile period of Serve's, s.
 STATS_PERIOD_S = 1.0
 
 
 class PowerRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
-    """Candidates that are awake go first; where all of them rest, those that rest serve."""
+    """Requests go to replicas that are not parked; where all are parked, the parked ones serve."""
 
     def apply_locality_routing(self, pending_request: PendingRequest | None = None) -> set[ReplicaID]:
-        """Serve's candidates, less those that rest."""
+        """Serve's candidates, without those that are parked."""
         return self._awake(super().apply_locality_routing(pending_request))
 
     def apply_multiplex_routing(self, pending_request: PendingRequest | None = None) -> set[ReplicaID]:
-        """Serve's candidates for a multiplexed model, less those that rest."""
+        """Serve's candidates for a multiplexed model, without those that are parked."""
         return self._awake(super().apply_multiplex_routing(pending_request))
 
     def _awake(self, candidates: set[ReplicaID]) -> set[ReplicaID]:

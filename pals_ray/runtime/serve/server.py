@@ -1,4 +1,4 @@
-"""The LLM server replica: Ray Serve LLM's own, with its power agent beside it and our hooks in its engine."""
+"""The LLM server replica: Ray Serve LLM's own, with a power agent beside it and our hooks in its engine."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class PowerOptions:
 
 
 class PowerLLMServer(LLMServer):  # type: ignore[misc]
-    """One replica: registered and parked before its engine starts, raised once its ranks' GPUs are claimed."""
+    """One replica: registered at its lowest caps before its engine starts, and raised once its GPUs are claimed."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it, as it does Serve LLM's own
         self, llm_config: LLMConfig, *, power: PowerOptions, **kwargs: Any
@@ -72,19 +72,19 @@ class PowerLLMServer(LLMServer):  # type: ignore[misc]
             await super().__init__(llm_config, **kwargs)
             await self._check_hooks(block)
             uuids = await self.collective_rpc("pals_gpu_uuid")
-            agent = await ensure_agent(spec)  # while the engine started, another may have taken its place
+            agent = await ensure_agent(spec)  # while the engine started, another agent may have replaced the first
             await agent.claim.remote(uuids, block.scheduler().max_batch)
         except BaseException:
             block.unlink()
             raise
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """What Serve tells the request routers of this replica; see `pals_ray.runtime.serve.router`."""
+        """What Serve tells the request routers about this replica; see `pals_ray.runtime.serve.router`."""
         said: dict[str, Any] = await super().record_routing_stats()
         return {**said, PARKED: self._power_block.is_parked()}
 
     async def _check_hooks(self, block: ControlBlock) -> None:
-        """Warm the engine up with one request, and see that scheduler and stat logger write to the block."""
+        """Warm the engine up with one request, and check that scheduler and stat logger write to the block."""
         request = CompletionRequest(model=self._llm_config.model_id, prompt="warm", max_tokens=4)
         async for _ in await self.completions(request):
             pass
@@ -112,7 +112,7 @@ def _agent_spec(llm_config: LLMConfig, power: PowerOptions, replica_id: str, key
 
 
 def engine_hooks(hardware: HardwareSpec) -> dict[str, str]:
-    """What makes a vLLM engine ours: engine arguments, the same for all replicas."""
+    """The engine arguments that install our hooks, the same for all replicas."""
     hooks = {
         "scheduler_cls": "pals_ray.engine.scheduler.PowerAwareScheduler",
         "worker_extension_cls": "pals_ray.engine.worker_extension.PowerWorkerExtension",
@@ -123,7 +123,7 @@ def engine_hooks(hardware: HardwareSpec) -> dict[str, str]:
 
 
 def _prepare_engine(llm_config: LLMConfig, power: PowerOptions, key: str, path: Path) -> None:
-    """What differs between replicas is in the environment, which the engine's processes inherit."""
+    """Set the environment, which the engine's processes inherit, to what differs between replicas."""
     os.environ[BLOCK_VARIABLE] = str(path)
     if power.hardware.kind == "virtual":
         assert power.stands_for is not None, "checked with the fleet file"
@@ -133,5 +133,5 @@ def _prepare_engine(llm_config: LLMConfig, power: PowerOptions, key: str, path: 
             os.environ.setdefault(name, value)
     if power.tiny_model is not None:
         make_tiny_model(power.tiny_model, TINY_FOLDER)
-        # To download nothing Serve LLM would start one more process with all of vLLM in it, on every replica's start.
+        # Serve LLM's download task would find nothing to do, in one more process with all of vLLM in it.
         llm_config.get_or_create_callback().ctx.run_init_node = False

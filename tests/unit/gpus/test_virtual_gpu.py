@@ -231,7 +231,7 @@ def test_every_call_takes_the_delay_told_and_the_workers_side_takes_none(
         assert time.monotonic() - begin_s >= calls * 0.05
     held.call_delay_s = 1.0
     begin_s = time.monotonic()
-    held.book_step(begin_s, begin_s + 1.0, 300.0, binding=False)
+    held.record_step(begin_s, begin_s + 1.0, 300.0, binding=False)
     held.effective_cap_w(begin_s)
     assert time.monotonic() - begin_s < 1.0
 
@@ -298,14 +298,14 @@ def test_a_context_draws_more_than_a_bare_gpu_until_it_is_released(gpu: VirtualG
 
 def test_draw_is_the_steps_while_it_runs_and_idle_after_it(held: VirtualGpu, clock: Clock) -> None:
     start_s = clock.now_s
-    held.book_step(start_s, start_s + 0.1, 310.0, binding=True)
+    held.record_step(start_s, start_s + 0.1, 310.0, binding=True)
     assert (held.power_w(), held.cap_binding()) == (310.0, True)
     clock.now_s = start_s + 0.11
     assert (held.power_w(), held.cap_binding()) == (GPUS["A100-SXM"].idle_context_w, False)
 
 
 def test_a_step_whose_cap_does_not_bind_says_so(held: VirtualGpu, clock: Clock) -> None:
-    held.book_step(clock.now_s, clock.now_s + 0.1, 310.0, binding=False)
+    held.record_step(clock.now_s, clock.now_s + 0.1, 310.0, binding=False)
     assert not held.cap_binding()
 
 
@@ -314,7 +314,7 @@ def test_energy_is_the_sum_of_steps_and_gaps_in_whole_millijoules(held: VirtualG
     start_s = clock.now_s
     for k in range(10):
         clock.now_s = start_s + k * 0.050
-        held.book_step(clock.now_s, clock.now_s + 0.048, 300.0, binding=False)
+        held.record_step(clock.now_s, clock.now_s + 0.048, 300.0, binding=False)
     clock.now_s = start_s + 0.5
     expected_j = 10 * (0.048 * 300.0 + 0.002 * GPUS["A100-SXM"].idle_context_w)
     assert held.energy_j() - begin_j == pytest.approx(expected_j, abs=0.002)
@@ -323,7 +323,7 @@ def test_energy_is_the_sum_of_steps_and_gaps_in_whole_millijoules(held: VirtualG
 
 def test_energy_is_continuous_through_a_step_booked_ahead(held: VirtualGpu, clock: Clock) -> None:
     start_s, start_j = clock.now_s, held.energy_j()
-    held.book_step(start_s, start_s + 1.0, 300.0, binding=False)
+    held.record_step(start_s, start_s + 1.0, 300.0, binding=False)
     assert held.energy_j() == pytest.approx(start_j, abs=0.002)
     clock.now_s = start_s + 0.5
     assert held.energy_j() == pytest.approx(start_j + 150.0, abs=0.002)
@@ -332,16 +332,16 @@ def test_energy_is_continuous_through_a_step_booked_ahead(held: VirtualGpu, cloc
 def test_a_step_booked_late_is_counted_whole(held: VirtualGpu, clock: Clock) -> None:
     start_s, start_j = clock.now_s, held.energy_j()
     clock.now_s = start_s + 1.0
-    held.book_step(start_s, start_s + 1.0, 300.0, binding=False)
+    held.record_step(start_s, start_s + 1.0, 300.0, binding=False)
     assert held.energy_j() - start_j == pytest.approx(300.0, abs=0.002)
 
 
 def test_a_process_that_does_not_hold_the_gpu_cannot_book(driver: VirtualDriver, gpu: VirtualGpu) -> None:
     with pytest.raises(GpuError, match="does not hold"):
-        gpu.book_step(0.0, 1.0, 300.0, binding=False)
+        gpu.record_step(0.0, 1.0, 300.0, binding=False)
     driver.claim_lowest_free(os.getppid())
     with pytest.raises(GpuError, match="does not hold"):
-        gpu.book_step(0.0, 1.0, 300.0, binding=False)
+        gpu.record_step(0.0, 1.0, 300.0, binding=False)
 
 
 def test_newer_parts_report_a_mean_over_one_second_as_their_usage(node_key: str, clock: Clock) -> None:
@@ -349,7 +349,7 @@ def test_newer_parts_report_a_mean_over_one_second_as_their_usage(node_key: str,
     gpu = driver.claim_lowest_free()
     idle_w = gpu.spec.idle_context_w
     clock.now_s += 5.0
-    gpu.book_step(clock.now_s, clock.now_s + 10.0, 600.0, binding=False)
+    gpu.record_step(clock.now_s, clock.now_s + 10.0, 600.0, binding=False)
     assert gpu.power_w() == 600.0
     assert gpu.power_usage_w() == pytest.approx(idle_w)
     clock.now_s += 0.25
@@ -362,16 +362,16 @@ def test_the_one_second_mean_spans_many_short_steps(node_key: str, clock: Clock)
     driver = VirtualDriver.open(node_key, "H100-SXM", 1, clock=clock)
     gpu = driver.claim_lowest_free()
     for k in range(2000):
-        gpu.book_step(clock.now_s, clock.now_s + 0.003, 300.0 if k < 1500 else 600.0, binding=False)
+        gpu.record_step(clock.now_s, clock.now_s + 0.003, 300.0 if k < 1500 else 600.0, binding=False)
         clock.now_s += 0.003
     assert gpu.power_usage_w() == pytest.approx(600.0, rel=0.01)
-    gpu.book_step(clock.now_s, clock.now_s + 0.5, 300.0, binding=False)
+    gpu.record_step(clock.now_s, clock.now_s + 0.5, 300.0, binding=False)
     clock.now_s += 0.5
     assert gpu.power_usage_w() == pytest.approx(450.0, rel=0.01)
 
 
 def test_older_parts_report_the_draw_of_the_instant_as_their_usage(held: VirtualGpu, clock: Clock) -> None:
-    held.book_step(clock.now_s, clock.now_s + 1.0, 300.0, binding=False)
+    held.record_step(clock.now_s, clock.now_s + 1.0, 300.0, binding=False)
     assert held.power_usage_w() == 300.0
 
 

@@ -77,12 +77,12 @@ class OneVirtualGpu(RuleBasedStateMachine):
         duration_s=st.floats(0.0, 2.0),
         share=st.floats(0.0, 1.0),
     )
-    def book(self, early_s: float, duration_s: float, share: float) -> None:
+    def record(self, early_s: float, duration_s: float, share: float) -> None:
         if self.gpu.holder() is None:
             return
         start_s = self.clock.now_s - early_s
         power_w = self.spec.idle_context_w + share * (self.spec.max_limit_w - self.spec.idle_context_w)
-        self.gpu.book_step(start_s, start_s + duration_s, power_w, binding=False)
+        self.gpu.record_step(start_s, start_s + duration_s, power_w, binding=False)
         self.steps_j += 0.2 * self.spec.max_limit_w + duration_s * power_w
 
     @invariant()

@@ -40,7 +40,7 @@ while True:
     # A record is whole if its power and its length belong together: watts of 100, 101, .. and as many us.
     watts = watts + 4.0 if watts < 300.0 else 100.0 + gpu.index
     now = time.monotonic()
-    gpu.book_step(now, now + watts * 1e-6, watts, binding=False)
+    gpu.record_step(now, now + watts * 1e-6, watts, binding=False)
 """
 
 WRITE_LATCH = """
