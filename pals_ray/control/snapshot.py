@@ -41,7 +41,7 @@ class Domain:
 
 @dataclass(frozen=True, slots=True)
 class TailFactors:
-    """What to multiply a predicted p99 with, that of a crowd, so that plans within the limits keep them."""
+    """What to multiply predicted p99 latencies of busy moments with, so that plans within the limits keep them."""
 
     itl: float = 1.0
     ttft: float = 1.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pals_ray.control.replica.batch_choice import best_batch
+from pals_ray.control.replica.batch_choice import best_batch, implied_batch, pinned_column, served_share
 from pals_ray.control.replica.demand_feedback import demand_with_queue_tokens_per_s
 from pals_ray.control.replica.prediction import BUSY_SIGMAS, Surface, latency_score
 from pals_ray.control.snapshot import ReplicaSnapshot, TailFactors
@@ -52,10 +52,11 @@ def replica_menu(
     demand = 0.0 if replica.parked else demand_with_queue_tokens_per_s(arriving, replica.telemetry, on)
     wanted = min(demand, np.inf if target_tokens_per_s is None else target_tokens_per_s)
     wanted = float(on.capacity_tokens_per_s[-1].max()) if np.isinf(wanted) else wanted
-    met = latency_score(replica.target, _planned(on, demand, replica.tails))
-    share, implied, chosen = best_batch(on, demand, wanted, met, may_wait=replica.target.ttft_p99_s is None)
-    if pin_batch_limit is not None:
-        chosen = np.minimum(implied, max(int(np.searchsorted(on.batch, pin_batch_limit, side="right")) - 1, 0))
+    share = served_share(on, wanted, latency_score(replica.target, _planned(on, demand, replica.tails)))
+    if pin_batch_limit is None:
+        chosen = best_batch(on, demand, wanted, share, may_wait=replica.target.ttft_p99_s is None)
+    else:
+        chosen = np.minimum(implied_batch(on, demand), pinned_column(on, pin_batch_limit))
     caps = np.arange(len(on.cap_w))
     share, power_w, honours = share[caps, chosen], on.power_w[caps, chosen], on.honours_cap[caps, chosen]
 
