@@ -74,7 +74,7 @@ def _code() -> str:
     root = Path(__file__).parents[2]
     found = hashlib.sha256()
     for folder in _SOURCES:
-        for file in sorted((root / folder).glob("*.py")):
+        for file in sorted((root / folder).rglob("*.py")):
             found.update(file.read_bytes())
     return found.hexdigest()
 

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Annotated
-
-import typer
-from rich.console import Console
-from rich.table import Table
 
 from pals_ray.bench.served_fleet import URL, BenchError, ServedFleet, default_fleet, model_ids, served_fleet
 from pals_ray.config.fleet import FleetConfig, parse_fleet_config
@@ -37,26 +31,23 @@ from pals_ray.evaluation.side_by_side import (
     twin,
 )
 from pals_ray.gpus.virtual import VirtualDriver
+from pals_ray.plots.text import Report, table
+from pals_ray.profiling.load import OpenLoop, loaded
 from pals_ray.profiling.measure import HeldReplica, held
-from pals_ray.profiling.open_loop import OpenLoop
 from pals_ray.runtime.client import Fleet
 from pals_ray.simulation.setting import SimSetting
 
 #: The budget while replicas are held: room for every GPU at its highest cap.
 HELD_BUDGET_W = 1600.0
 
+#: The format of each figure, and its factor from SI units.
+_SHOWN_AS = {"tokens_per_s": (".1f", 1), "power_w": (".0f", 1), "itl_p50_s": (".0f", 1e3), "ttft_p50_s": (".0f", 1e3)}
+
 Replicas = Mapping[str, HeldReplica]
 
 
-def validate_simulation(
-    seconds: Annotated[float, typer.Option(help="How long each point is compared, once settled.", min=5)] = 40.0,
-    seed: Annotated[int, typer.Option(help="Of the requests, which both sides get alike.", min=0)] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
-) -> None:
-    """Serve the default fleet for some minutes and simulate the same; exit code 1 where the two differ by too much.
-
-    Live are Ray Serve, vLLM, agents and manager, on virtual GPUs; simulated are all of these but the control code.
-    """
+def run(seconds: float, seed: int) -> Report:
+    """Serve the default fleet for some minutes and simulate the same. The figures say whether both agree (`within`)."""
     with served_fleet(default_fleet()) as served:
         setting, live = asyncio.run(_live(served, seconds, seed))
     rows = [
@@ -64,13 +55,20 @@ def validate_simulation(
         for run in live
         for row in rows_of(run.stage, run.readings, simulated(setting, run.stage, run.traces, run.looks_s))
     ]
-    found = summary(rows)
-    if as_json:
-        print(json.dumps({"seconds": seconds, "seed": seed, **found}, indent=2))
-    else:
-        _show(rows, seconds, seed)
-    if not found["within"]:
-        raise typer.Exit(1)
+    shown = table(
+        ("model", "point", "tokens/s", "W", "ITL p50, ms", "TTFT p50, ms", "live pace"),
+        ((row.model, row.what, *cells(row), f"{row.live.modelled_over_wall:.2f}") for row in rows),
+        left=("model", "point"),
+        title=f"Live / simulated, and the error: {seconds:g} s each, seed {seed}",
+    )
+    legend = (
+        "live: real Ray Serve, vLLM, agents and manager, with modelled GPUs | simulated: engines, router, messages and "
+        "GPUs on a virtual clock, with the same control code | live pace: modelled over real time of the steps; well "
+        "under 1 this machine was too busy for the live side"
+    )
+    limits = ", ".join(f"{name} {limit:.0%}" for name, limit in LIMITS.items())
+    beyond = (f"beyond the limits ({limits}): {row.model}, {row.what}" for row in rows if not row.within)
+    return Report({"seconds": seconds, "seed": seed, **summary(rows)}, shown, legend, *beyond)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +121,11 @@ async def run_live(
     if held_at is None:
         await asyncio.sleep(LATENCY_S)
     readings: list[Readings] = []
-    async with _load(traces) as until:
+    clients = [OpenLoop(URL, model, trace) for model, trace in traces.items()]
+    async with loaded(*clients):
+        began_s = time.monotonic()
         for number, look_s in enumerate(looks_s, start=1):
-            await until(look_s)
+            await asyncio.sleep(max(began_s + look_s - time.monotonic(), 0.0))
             read = {model: await replica.read() for model, replica in replicas.items()}
             readings.append({model: found.reading for model, found in read.items()})
             for model, replica in replicas.items():
@@ -133,59 +133,17 @@ async def run_live(
                     raise BenchError(f"{model} is held at {held_at}, which is not in force")
             if isinstance(stage, BudgetStep) and number == 2:
                 await fleet.set_budget_async(stage.after_w)
-    return LiveRun(stage, traces, looks_s, readings)
-
-
-@asynccontextmanager
-async def _load(traces: Traces) -> AsyncIterator[Callable[[float], Awaitable[None]]]:
-    """Offer each model its requests; yields what waits until so many s of that have passed. None may fail."""
-    async with AsyncExitStack() as stack:
-        loads = [await stack.enter_async_context(OpenLoop(URL, model, trace)) for model, trace in traces.items()]
-        began_s = time.monotonic()
-
-        async def until(time_s: float) -> None:
-            await asyncio.sleep(max(began_s + time_s - time.monotonic(), 0.0))
-
-        try:
-            yield until
-        finally:
-            for load in loads:
-                load.abandon()
-    if failures := [failure for load in loads for failure in load.result.failures]:
+    if failures := [failure for client in clients for failure in client.result.failures]:
         raise BenchError(f"{len(failures)} requests failed, the first with {failures[0]}")
-
-
-def _show(rows: list[Row], seconds: float, seed: int) -> None:
-    table = Table(title=f"Live / simulated, and the error: {seconds:g} s each, seed {seed}")
-    table.add_column("model")
-    table.add_column("point")
-    for name in ("tokens/s", "W", "ITL p50, ms", "TTFT p50, ms", "live pace"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(row.model, row.what, *cells(row), f"{row.live.modelled_over_wall:.2f}")
-    console = Console()
-    console.print(table)
-    console.print(
-        "live: real Ray Serve, vLLM, agents and manager, with modelled GPUs | simulated: engines, router, messages and "
-        "GPUs on a virtual clock, with the same control code | live pace: modelled over real time of the steps; well "
-        "under 1 this machine was too busy for the live side"
-    )
-    for row in (row for row in rows if not row.within):
-        limits = ", ".join(f"{name} {limit:.0%}" for name, limit in LIMITS.items())
-        console.print(f"beyond the limits ({limits}): {row.model}, {row.what}", highlight=False)
+    return LiveRun(stage, traces, looks_s, readings)
 
 
 def cells(row: Row) -> list[str]:
     """The figures of a row as its table shows them: both sides, and the error of those that have a limit."""
     live, simulated = figures_of(row.live), figures_of(row.simulated)
     shown = []
-    for name, form, unit in (
-        ("tokens_per_s", "{:.1f}", 1.0),
-        ("power_w", "{:.0f}", 1.0),
-        ("itl_p50_s", "{:.0f}", 1e3),
-        ("ttft_p50_s", "{:.0f}", 1e3),
-    ):
-        sides = ("-" if v is None else form.format(unit * v) for v in (live[name], simulated[name]))
+    for name, (form, factor) in _SHOWN_AS.items():
+        sides = ("-" if v is None else format(factor * v, form) for v in (live[name], simulated[name]))
         error = row.errors.get(name)
         shown.append(" / ".join(sides) + (f", {error:+.1%}" if error is not None else ""))
     return shown
