@@ -1,9 +1,9 @@
 """`pals bench overhead`: what pals-ray costs an engine, against plain Ray Serve LLM on the same machine.
 
 Both serve the same tiny model, side by side on one cluster, and are loaded in turn: a pair's runs take turns of some
-seconds, since the speed of a shared host drifts by more within minutes than what is looked for. On our side nothing is
-paced: the worker holds its virtual GPU, and computes as vLLM's own. While the plain side is loaded, manager, agent and
-guardian are stopped (SIGSTOP), so that none of their work falls on it.
+seconds, since the speed of a shared host drifts within minutes by more than the difference looked for. Our side is not
+paced: its worker holds a virtual GPU but computes as fast as vLLM's own. While the plain side is loaded, manager, agent
+and guardian are stopped (SIGSTOP), so that none of their work falls on it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ MODEL, PLAIN = "tiny-dense", "/plain"
 STREAMS, SHAPE = 8, RequestShape(prompt_tokens=64, output_tokens=96)
 WARM_S, TURN_S, SETTLE_S = 8.0, 10.0, 1.0
 RESAMPLES = 10_000
+#: How the command lines of manager, agents and guardian are known.
+_ACTORS, _GUARDIAN = ("ray::PowerAgent", "ray::GlobalPowerManager"), "pals_ray.runtime.node.guardian"
 UNPACED = "pals_ray.engine.virtual.unpaced_worker.UnpacedWorker"
 
 
@@ -94,7 +96,7 @@ def unpaced_fleet() -> dict[str, Any]:
 
 
 def _deploy_plain() -> None:
-    """The same engine once more, as Ray Serve LLM alone serves it."""
+    """Deploy the same engine a second time, as Ray Serve LLM serves it without pals-ray."""
     from ray import serve
     from ray.serve.llm import LLMConfig, build_openai_app
 
@@ -151,8 +153,9 @@ async def _load(url: str, seconds: float, seed: int) -> LoadResult:
 
 @contextmanager
 def _stopped_parts() -> Iterator[None]:
-    """Manager, agents and guardian held still."""
-    parts = [p for p in psutil.process_iter() if _is_ours(p)]
+    """Stop manager, agents and guardian (SIGSTOP) while the block runs."""
+    commands = ((p, " ".join(p.info["cmdline"] or ())) for p in psutil.process_iter(["cmdline"]))
+    parts = [process for process, command in commands if command.startswith(_ACTORS) or _GUARDIAN in command]
     if len(parts) < 3:
         raise BenchError(f"manager, agent and guardian should run, but there are only {len(parts)} of them")
     for part in parts:
@@ -162,14 +165,3 @@ def _stopped_parts() -> Iterator[None]:
     finally:
         for part in parts:
             part.resume()
-
-
-def _is_ours(process: psutil.Process) -> bool:
-    try:
-        command = " ".join(process.cmdline())
-    except psutil.Error:
-        return False
-    return (
-        command.startswith(("ray::PowerAgent", "ray::GlobalPowerManager"))
-        or "pals_ray.runtime.node.guardian" in command
-    )

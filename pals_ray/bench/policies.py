@@ -9,22 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pals_ray.bench.served_fleet import (
-    URL,
-    BenchError,
-    ServedFleet,
-    default_fleet,
-    model_ids,
-    served_fleet,
-    watch,
-)
+from pals_ray.bench.served_fleet import UNCAPPED_BUDGET_W, URL, BenchError, ServedFleet, served_fleet, watch
 from pals_ray.config.trace_files import load_trace
 from pals_ray.plots.text import Report, table
 from pals_ray.profiling.load import ClosedLoop, OpenLoop, Requests, RequestShape, loaded
 from pals_ray.simulation.traces import Trace, clipped, poisson
 
 POLICIES = ("uniform", "pals")
-#: Offered output tokens/s, as a share of what each model serves by itself where nothing caps it.
+#: Offered output tokens/s, as a share of what each model serves alone and uncapped.
 LOAD = {"tiny-dense": 0.95, "tiny-moe": 0.45}
 UNCAPPED_S, SETTLE_S = 60.0, 5.0
 STREAMS = 32
@@ -44,7 +36,7 @@ class Run:
 
 def run(minutes: float, pairs: int, budget_w: float, trace: Path) -> Report:
     """Offer both models the same open-loop load under one budget, divided by either policy in turn."""
-    with served_fleet(default_fleet()) as served:
+    with served_fleet() as served:
         lengths = azure_lengths(served, trace)
         uncapped = asyncio.run(_uncapped(served, lengths, min(UNCAPPED_S, 60.0 * minutes)))
         runs = list(_runs(served, lengths, uncapped, 60.0 * minutes, pairs, budget_w))
@@ -105,10 +97,10 @@ async def _run(served: ServedFleet, policy: str, loads: dict[str, Trace], run_s:
 
 
 async def _uncapped(served: ServedFleet, lengths: Trace, for_s: float) -> dict[str, float]:
-    """Output tokens/s of each model by itself, as many streams as it takes at once, every cap at its highest."""
+    """Output tokens/s of each model alone, with a full batch and every cap at its highest."""
     served_by_model = {}
-    await served.fleet.set_budget_async(1600.0)
-    for model in model_ids(served.content):
+    await served.fleet.set_budget_async(UNCAPPED_BUDGET_W)
+    for model in served.model_ids:
         async with loaded(ClosedLoop(URL, model, STREAMS, _drawn(lengths))):
             await asyncio.sleep(SETTLE_S)
             served_by_model[model] = (await watch(served, for_s)).tokens_per_s
@@ -116,7 +108,7 @@ async def _uncapped(served: ServedFleet, lengths: Trace, for_s: float) -> dict[s
 
 
 def _drawn(lengths: Trace) -> Requests:
-    """For each slot its own endless draw of the trace's lengths."""
+    """Each slot draws lengths from the trace without end, by a seed of its own."""
 
     def requests(slot: int) -> Iterator[RequestShape]:
         rng = np.random.default_rng(slot)

@@ -125,7 +125,7 @@ async def _start(key: str, storage: str, agents: int, sleepers: list[subprocess.
 def _fleet_file(storage: str, agents: int) -> dict[str, Any]:
     return {
         "budget_w": 200.0 * agents,
-        # Nobody asks these replicas anything: their agents would rest at the lowest cap, were the caps not pinned.
+        # No requests come to these replicas: their agents would stay at the lowest cap if the policy did not pin caps.
         "policy": "policies.batch_only:allocate",
         "hardware": {"kind": "virtual", "virtual": {"gpu": GPU, "count": agents}},
         "storage_path": storage,

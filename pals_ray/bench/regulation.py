@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pals_ray.bench.served_fleet import URL, ServedFleet, Watch, default_fleet, model_ids, served_fleet, watch
+from pals_ray.bench.served_fleet import UNCAPPED_BUDGET_W, URL, ServedFleet, Watch, served_fleet, watch
 from pals_ray.control.budget.regulation import (
     FloatArray,
     RegulationError,
@@ -49,7 +49,7 @@ class Followed:
 def run(minutes: float, plot: Path, seed: int) -> Report:
     """Load the default fleet in full, have it follow a synthetic signal, and draw what came of it."""
     signal = synthetic_signal(60.0 * minutes, seed)
-    with served_fleet(default_fleet()) as served:
+    with served_fleet() as served:
         followed = asyncio.run(_follow(served, signal))
     from pals_ray.plots.models import plot_following  # matplotlib, which no other command waits for
 
@@ -73,8 +73,8 @@ def figures(followed: Followed) -> dict[str, float]:
 
 
 async def _follow(served: ServedFleet, signal: Signal) -> Followed:
-    await served.fleet.set_budget_async(1600.0)
-    async with loaded(*(ClosedLoop(URL, model, STREAMS, SHAPE) for model in model_ids(served.content))):
+    await served.fleet.set_budget_async(UNCAPPED_BUDGET_W)
+    async with loaded(*(ClosedLoop(URL, model, STREAMS, SHAPE) for model in served.model_ids)):
         await asyncio.sleep(SETTLE_S)
         natural_w = (await watch(served, UNCAPPED_S)).mean_w
         base_w = BASE_SHARE * natural_w

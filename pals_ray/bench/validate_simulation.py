@@ -8,37 +8,18 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from pals_ray.bench.served_fleet import URL, BenchError, ServedFleet, default_fleet, model_ids, served_fleet
+from pals_ray.bench.served_fleet import UNCAPPED_BUDGET_W, URL, BenchError, ServedFleet, served_fleet
 from pals_ray.config.fleet import FleetConfig, parse_fleet_config
 from pals_ray.control.telemetry import LATENCY_S
 from pals_ray.engine.control_block import ControlBlock, block_path
-from pals_ray.evaluation.side_by_side import (
-    LIMITS,
-    STAGES,
-    BudgetStep,
-    HeldPoint,
-    Member,
-    Readings,
-    Row,
-    Stage,
-    Traces,
-    figures_of,
-    look_times,
-    requests_of,
-    rows_of,
-    simulated,
-    summary,
-    twin,
-)
+from pals_ray.evaluation import side_by_side
+from pals_ray.evaluation.side_by_side import BudgetStep, HeldPoint, Readings, Row, Stage, Traces
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.plots.text import Report, table
 from pals_ray.profiling.load import OpenLoop, loaded
 from pals_ray.profiling.measure import HeldReplica, held
 from pals_ray.runtime.client import Fleet
 from pals_ray.simulation.setting import SimSetting
-
-#: The budget while replicas are held: room for every GPU at its highest cap.
-HELD_BUDGET_W = 1600.0
 
 #: The format of each figure, and its factor from SI units.
 _SHOWN_AS = {"tokens_per_s": (".1f", 1), "power_w": (".0f", 1), "itl_p50_s": (".0f", 1e3), "ttft_p50_s": (".0f", 1e3)}
@@ -48,13 +29,12 @@ Replicas = Mapping[str, HeldReplica]
 
 def run(seconds: float, seed: int) -> Report:
     """Serve the default fleet for some minutes and simulate the same. The figures say whether both agree (`within`)."""
-    with served_fleet(default_fleet()) as served:
+    with served_fleet() as served:
         setting, live = asyncio.run(_live(served, seconds, seed))
-    rows = [
-        row
-        for run in live
-        for row in rows_of(run.stage, run.readings, simulated(setting, run.stage, run.traces, run.looks_s))
-    ]
+    rows = []
+    for stage_run in live:
+        twins = side_by_side.simulated(setting, stage_run.stage, stage_run.traces, stage_run.looks_s)
+        rows += side_by_side.rows_of(stage_run.stage, stage_run.readings, twins)
     shown = table(
         ("model", "point", "tokens/s", "W", "ITL p50, ms", "TTFT p50, ms", "live pace"),
         ((row.model, row.what, *cells(row), f"{row.live.modelled_over_wall:.2f}") for row in rows),
@@ -66,9 +46,9 @@ def run(seconds: float, seed: int) -> Report:
         "GPUs on a virtual clock, with the same control code | live pace: modelled over real time of the steps; well "
         "under 1 this machine was too busy for the live side"
     )
-    limits = ", ".join(f"{name} {limit:.0%}" for name, limit in LIMITS.items())
+    limits = ", ".join(f"{name} {limit:.0%}" for name, limit in side_by_side.LIMITS.items())
     beyond = (f"beyond the limits ({limits}): {row.model}, {row.what}" for row in rows if not row.within)
-    return Report({"seconds": seconds, "seed": seed, **summary(rows)}, shown, legend, *beyond)
+    return Report({"seconds": seconds, "seed": seed, **side_by_side.summary(rows)}, shown, legend, *beyond)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +63,13 @@ class LiveRun:
 
 async def _live(served: ServedFleet, seconds: float, seed: int) -> tuple[SimSetting, list[LiveRun]]:
     async with AsyncExitStack() as stack:
-        replicas = {m: await stack.enter_async_context(held(m)) for m in model_ids(served.content)}
+        replicas = {m: await stack.enter_async_context(held(m)) for m in served.model_ids}
         config = parse_fleet_config(served.content, "the default fleet")
         setting = await live_setting(served.fleet, served.key, config)
         runs = []
-        for number, stage in enumerate(STAGES):
-            looks_s = look_times(stage, seconds)
-            traces = requests_of(stage, setting.fleet, looks_s[-1], 10 * seed + number)
+        for number, stage in enumerate(side_by_side.STAGES):
+            looks_s = side_by_side.look_times(stage, seconds)
+            traces = side_by_side.requests_of(stage, setting.fleet, looks_s[-1], 10 * seed + number)
             runs.append(await run_live(served.fleet, replicas, stage, traces, looks_s))
     return setting, runs
 
@@ -101,17 +81,17 @@ async def live_setting(fleet: Fleet, key: str, config: FleetConfig) -> SimSettin
     for row in (await fleet.status_async()).replicas:
         engine = ControlBlock.attach(block_path(key, row.replica_id.partition("#")[2])).scheduler()
         own = tuple(dies.pop(uuid) for uuid in row.gpus)
-        members.append(Member(row.model, own, engine.max_batch, engine.step_tokens, engine.kv_tokens))
-    return twin(config, members, list(dies.values()))
+        members.append(side_by_side.Member(row.model, own, engine.max_batch, engine.step_tokens, engine.kv_tokens))
+    return side_by_side.twin(config, members, list(dies.values()))
 
 
 async def run_live(
     fleet: Fleet, replicas: Replicas, stage: Stage, traces: Traces, looks_s: tuple[float, ...]
 ) -> LiveRun:
-    """One stage on the live fleet, from when nothing runs; where the policy is to decide, from when its telemetry
-    reaches back to nothing else."""
+    """Run one stage on the live fleet once it is idle. Where the policy is to decide, its telemetry is first given time
+    to forget the stage before."""
     held_at = stage.point if isinstance(stage, HeldPoint) else None
-    await fleet.set_budget_async(HELD_BUDGET_W if isinstance(stage, HeldPoint) else stage.before_w)
+    await fleet.set_budget_async(UNCAPPED_BUDGET_W if isinstance(stage, HeldPoint) else stage.before_w)
     for replica in replicas.values():
         await replica.idle()
         if held_at is not None:
@@ -140,7 +120,7 @@ async def run_live(
 
 def cells(row: Row) -> list[str]:
     """The figures of a row as its table shows them: both sides, and the error of those that have a limit."""
-    live, simulated = figures_of(row.live), figures_of(row.simulated)
+    live, simulated = side_by_side.figures_of(row.live), side_by_side.figures_of(row.simulated)
     shown = []
     for name, (form, factor) in _SHOWN_AS.items():
         sides = ("-" if v is None else format(factor * v, form) for v in (live[name], simulated[name]))

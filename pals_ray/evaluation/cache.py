@@ -20,7 +20,7 @@ from pals_ray.evaluation.results import Json, run_case
 from pals_ray.evaluation.runs import CONFIRMED, TUNED_BATCHES, CaseRuns
 from pals_ray.simulation.traces import Trace
 
-#: What decides a result beside its case: a change there makes every kept result stale.
+#: The sources that decide a result: a change in any of them makes every kept result stale.
 _SOURCES = ("pals_ray/simulation", "pals_ray/control", "pals_ray/models", "pals_ray/evaluation", "policies")
 _POLL_S = 0.2
 
@@ -129,7 +129,7 @@ def run_jobs(
 
 
 def _write(job: Job, out: Path, result: Json) -> None:
-    """In one step: a run that is cut off leaves no half file."""
+    """Keep a result, in one step, so that a run that is cut off leaves no partial file."""
     file = job.file(out)
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps({"digest": job.digest, "result": result}))

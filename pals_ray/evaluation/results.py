@@ -29,7 +29,7 @@ _CAP_CELL_W, _BATCH_CELL = 5.0, 4
 
 Json = dict[str, Any]
 
-#: Less gain than this is none: a share of it would be one of rounding.
+#: A smaller gain of the oracle counts as none: a share of it would only be rounding.
 LEAST_GAIN = 1e-3
 
 
@@ -43,14 +43,12 @@ def run_case(runs: CaseRuns, policies: Sequence[str], seeds: Sequence[int]) -> J
     static = [runs.static(seed) for seed in seeds]
     oracle = runs.oracle() if case.scenario.oracle and case.load is not None else None
     oracle_gain = None if oracle is None else _gain(oracle[1], static).mean
-    found = {}
-    series: Json = {}
-    for policy in dict.fromkeys(["static", *policies]):
-        made = [runs.run(policy, seed) for seed in seeds]
-        found[policy] = _policy(runs, made, static, oracle_gain)
-        series[policy] = _series(made[0].result)
+    made = {policy: [runs.run(policy, seed) for seed in seeds] for policy in dict.fromkeys(["static", *policies])}
+    series = {policy: _series(of[0].result) for policy, of in made.items()}
     if oracle is not None:
-        found["oracle"] = _policy(runs, oracle[1], static, oracle_gain)
+        made["oracle"] = oracle[1]
+    found = {policy: _policy(runs, of, static, oracle_gain) for policy, of in made.items()}
+    if oracle is not None:
         found["oracle"]["point"] = asdict(oracle[0])
     fleet, natural_w = runs.limited(seeds[0])
     limits = {m.name: {"ttft_p99_s": m.target.ttft_p99_s, "itl_p99_s": m.target.itl_p99_s} for m in fleet.models}
@@ -111,13 +109,8 @@ def _series(result: RunResult) -> Json:
         column = np.asarray(values, dtype=np.float64)[:whole].reshape(-1, step).mean(axis=1)
         return [round(float(v), 2) if math.isfinite(v) else None for v in column]  # type: ignore[misc]
 
-    return {
-        "time_s": thin(result.time_s),
-        "budget_w": thin(result.budget_w),
-        "charge_w": thin(result.charge_w),
-        "node_power_w": thin(result.node_power_w),
-        "target_w": None if result.target_w is None else thin(result.target_w),
-    }
+    series: Json = {name: thin(getattr(result, name)) for name in ("time_s", "budget_w", "charge_w", "node_power_w")}
+    return series | {"target_w": None if result.target_w is None else thin(result.target_w)}
 
 
 def _points(result: RunResult) -> dict[str, list[tuple[float, int, float]]]:

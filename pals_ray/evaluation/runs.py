@@ -180,8 +180,8 @@ class CaseRuns:
         return best
 
     def _confirmed(self, point: OperatingPoint, beat: float) -> tuple[OperatingPoint, list[Run]] | None:
-        """The least cap from a point's own up, in whole W, at which its runs count; None where that is no better than
-        `beat` tokens/J: a higher cap at the same batch only costs more, so the search ends at the first such run."""
+        """The lowest cap in whole W, from the point's own up, at which its runs count; None where that is not better
+        than `beat` tokens/J. A higher cap at the same batch only costs more: the search never goes above one that is not."""
         (model,) = self.fleet.models
         kept = None
         low, high = round(point.cap_w), round(find_gpu(model.gpu).max_limit_w)

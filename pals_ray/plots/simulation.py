@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from pals_ray.config.scenario import FleetSpec
+from pals_ray.config.scenario import POLICIES, FleetSpec
 from pals_ray.models.physics.roofline import RooflineModel, Workload
 from pals_ray.models.physics.step_cost import GroupPhysics
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
@@ -17,18 +17,9 @@ from pals_ray.plots.picture import picture, shades
 
 Json = dict[str, Any]
 
-COLORS = {
-    "static": "tab:grey",
-    "uniform": "tab:brown",
-    "proportional": "tab:olive",
-    "slack_steal": "tab:pink",
-    "batch_only": "tab:orange",
-    "power_only": "tab:blue",
-    "power_only_best": "tab:cyan",
-    "pals": "tab:red",
-    "exact": "tab:purple",
-    "oracle": "black",
-}
+_COLORS = ("grey", "brown", "olive", "pink", "orange", "blue", "cyan", "red", "purple")
+#: A colour for every policy, and for the oracle.
+COLORS = {policy: f"tab:{color}" for policy, color in zip(POLICIES, _COLORS, strict=True)} | {"oracle": "black"}
 _MOST_PANELS = 4
 
 
@@ -37,7 +28,7 @@ def _color(policy: str) -> str:
 
 
 def _averaged(policies: Json) -> str:
-    """Over how many cases of a summary its figures are means."""
+    """How many cases the figures of a summary are means of."""
     cases = max(entry["cases"] for entry in policies.values())
     return "one case" if cases == 1 else f"mean of {cases} cases"
 

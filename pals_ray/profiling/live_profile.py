@@ -116,14 +116,14 @@ def _progress_bar(console: Console) -> Progress:
     )
 
 
+#: Fields that a profile takes over from the replica that is measured.
+_SUBJECT_FIELDS = ("gpu", "tensor_parallel", "expert_parallel", "num_gpus", "time_scale")
+
+
 def _empty(model: str, subject: MeasurementSubject, shape: RequestShape) -> Profile:
     return Profile(
         model=model,
-        gpu=subject.gpu,
-        tensor_parallel=subject.tensor_parallel,
-        expert_parallel=subject.expert_parallel,
-        num_gpus=subject.num_gpus,
-        time_scale=subject.time_scale,
+        **{name: getattr(subject, name) for name in _SUBJECT_FIELDS},
         engine=_engine(),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         prompt_tokens=shape.prompt_tokens,

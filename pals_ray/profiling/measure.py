@@ -1,4 +1,4 @@
-"""One live replica as a profiler handles it: held at a point, read, loaded until it is steady, and let go."""
+"""Measuring one live replica: hold it at a point, load it until it is steady, read it, and release it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class NotSteady(MeasuringError):
 
 
 class HeldReplica:
-    """A replica under this profiler's hold, which a task renews; without it the hold lapses and all is as before."""
+    """A replica that this profiler holds at a point. A task renews the hold; without it the policy decides again."""
 
     def __init__(self, subject: MeasurementSubject, owner: str, manager: Any) -> None:
         self.subject = subject
@@ -53,19 +53,15 @@ class HeldReplica:
     async def hold(self, point: OperatingPoint) -> None:
         """Bring a point's cap into force. Raises `HoldRefused`, or `MeasuringError` where that takes too long.
 
-        The scheduler takes note of a batch limit with its next step, which an idle engine does not make.
+        The batch limit is not waited for: the scheduler reads it with its next step, and an idle engine makes none.
         """
         with own_errors():
             await self._manager.hold.remote(self.subject.replica_id, self._owner, point)
         self._point = point
-        with suppress(TimeoutError):
-            async with asyncio.timeout(IN_FORCE_DEADLINE_S):
-                while not _at_cap(await self.read(), point):
-                    await asyncio.sleep(0.1)
-                return
-        raise MeasuringError(
-            f"{self.subject.replica_id} is not at {point.cap_w:g} W after {IN_FORCE_DEADLINE_S:g} s: `pals status` says"
-            " what holds it"
+        await self._until(
+            lambda read: _at_cap(read, point),
+            IN_FORCE_DEADLINE_S,
+            f"is not at {point.cap_w:g} W after {IN_FORCE_DEADLINE_S:g} s: `pals status` says what holds it",
         )
 
     async def read(self) -> Measurement:
@@ -87,15 +83,19 @@ class HeldReplica:
 
     async def idle(self) -> None:
         """Wait until no request runs or waits. Raises `MeasuringError`."""
+        await self._until(
+            lambda read: _requests(read.reading) == 0,
+            IDLE_DEADLINE_S,
+            "serves other requests: measuring takes the replica for itself, so send them elsewhere meanwhile",
+        )
+
+    async def _until(self, holds: Callable[[Measurement], bool], deadline_s: float, otherwise: str) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(IDLE_DEADLINE_S):
-                while _requests((await self.read()).reading) > 0:
+            async with asyncio.timeout(deadline_s):
+                while not holds(await self.read()):
                     await asyncio.sleep(0.1)
                 return
-        raise MeasuringError(
-            f"{self.subject.replica_id} serves other requests: measuring takes the replica for itself, so send them "
-            "elsewhere meanwhile"
-        )
+        raise MeasuringError(f"{self.subject.replica_id} {otherwise}")
 
     async def renew(self) -> None:
         """Renew the hold for ever; a manager that is away may come back within the lease."""
