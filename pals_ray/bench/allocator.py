@@ -12,7 +12,7 @@ import numpy as np
 from pals_ray.control.allocation.allocator import divide
 from pals_ray.control.allocation.budget_tree import BudgetTree, FloatArray, IntArray
 from pals_ray.control.allocation.menu_table import Menus
-from pals_ray.plots.text import Report, table
+from pals_ray.plots.tables import Report, table
 from policies import exact
 
 POINTS = 200

@@ -12,7 +12,7 @@ from rich.console import Console
 from pals_ray.evaluation.policy_tables import gain, gain_with_width, policy_rows
 from pals_ray.evaluation.results import summary
 from pals_ray.evaluation.scenario_run import plan_scenario, run_plans, write_report
-from pals_ray.plots.text import markdown_table, percent, replace_between
+from pals_ray.plots.tables import markdown_table, percent, replace_between
 
 Json = dict[str, Any]
 

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 
 from pals_ray.bench.served_fleet import URL, BenchError, default_fleet, served_fleet
-from pals_ray.plots.text import Report, table
+from pals_ray.plots.tables import Report, table
 from pals_ray.profiling.load import ClosedLoop, LoadResult, RequestShape, in_full_swing
 
 MODEL, PLAIN = "tiny-dense", "/plain"

@@ -11,7 +11,7 @@ import numpy as np
 
 from pals_ray.bench.served_fleet import UNCAPPED_BUDGET_W, URL, BenchError, ServedFleet, served_fleet, watch
 from pals_ray.config.trace_files import load_trace
-from pals_ray.plots.text import Report, table
+from pals_ray.plots.tables import Report, table
 from pals_ray.profiling.load import ClosedLoop, OpenLoop, Requests, RequestShape, loaded
 from pals_ray.simulation.traces import Trace, clipped, poisson
 

@@ -21,7 +21,7 @@ from pals_ray.engine.control_block import ControlBlock, block_path
 from pals_ray.errors import PalsError
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.gpus.virtual_block import remove_block
-from pals_ray.plots.text import Report, table
+from pals_ray.plots.tables import Report, table
 from pals_ray.processes import identify
 from pals_ray.runtime.actors import ensure_agent, ensure_manager
 from pals_ray.runtime.client import Fleet

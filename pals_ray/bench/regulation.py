@@ -18,7 +18,7 @@ from pals_ray.control.budget.regulation import (
     score,
     synthetic_signal,
 )
-from pals_ray.plots.text import Report, table
+from pals_ray.plots.tables import Report, table
 from pals_ray.profiling.load import ClosedLoop, RequestShape, loaded
 
 RANGE_SHARE = 0.15

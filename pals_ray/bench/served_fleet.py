@@ -124,7 +124,7 @@ class ServedFleet:
 
 @contextmanager
 def served_fleet(content: dict[str, Any] | None = None) -> Iterator[ServedFleet]:
-    """A fleet of this content (None: the default fleet) while the block runs. Raises `BenchError` where none comes up."""
+    """A fleet of this content (None: the default one) while the block runs. Raises `BenchError` where none comes up."""
     # Ray prints warnings about its cluster to stdout, which is for the figures.
     with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="pals-bench-") as folder:
         # A benchmark that is ended half-way must not leave engines behind.

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from pals_ray.models.physics.roofline import Workload
-from pals_ray.plots.text import Report, table
+from pals_ray.plots.tables import Report, table
 from pals_ray.simulation.run import simulate
 from pals_ray.simulation.setting import ConstantBudget, Requests, SimFleet, SimModel, SimNode, SimSetting
 from policies import pals

@@ -15,7 +15,7 @@ from pals_ray.engine.control_block import ControlBlock, block_path
 from pals_ray.evaluation import side_by_side
 from pals_ray.evaluation.side_by_side import BudgetStep, HeldPoint, Readings, Row, Stage, Traces
 from pals_ray.gpus.virtual import VirtualDriver
-from pals_ray.plots.text import Report, table
+from pals_ray.plots.tables import Report, table
 from pals_ray.profiling.load import OpenLoop, loaded
 from pals_ray.profiling.measure import HeldReplica, held
 from pals_ray.runtime.client import Fleet

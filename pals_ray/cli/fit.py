@@ -15,7 +15,7 @@ from pals_ray.models.fitting.accuracy import Evaluation, evaluate_chosen, leave_
 from pals_ray.models.fitting.fitted_surface import fit_surface
 from pals_ray.models.fitting.sample_checks import SampleError
 from pals_ray.models.specs import UnknownSpecError, find_model
-from pals_ray.plots.text import Report
+from pals_ray.plots.tables import Report
 from pals_ray.profiling.sample_files import error_report, profile_of, read_samples
 
 

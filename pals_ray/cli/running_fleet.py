@@ -18,7 +18,7 @@ import pals_ray
 from pals_ray.cli.options import AsJson
 from pals_ray.cli.status_table import budget_line, source_line, status_view, target_text
 from pals_ray.config.policy_path import list_policies
-from pals_ray.plots.text import table
+from pals_ray.plots.tables import table
 from pals_ray.types import BudgetSource, FleetStatus
 
 NO_LIMIT = "none"

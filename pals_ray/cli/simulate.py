@@ -12,7 +12,7 @@ import pals_ray.bench.validate_simulation as validation
 from pals_ray.cli.options import AsJson, Jobs, SampleTrace
 from pals_ray.evaluation.policy_tables import terminal_table
 from pals_ray.evaluation.scenario_run import plan_scenario, run_plans, write_report
-from pals_ray.plots.text import Report
+from pals_ray.plots.tables import Report
 
 
 def simulate(

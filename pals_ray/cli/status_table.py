@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pals_ray.plots.text import table
+from pals_ray.plots.tables import table
 from pals_ray.types import BudgetSource, FleetStatus, Latency, ReplicaStatus, Target
 
 

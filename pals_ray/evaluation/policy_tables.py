@@ -10,7 +10,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from pals_ray.plots.text import percent, table
+from pals_ray.plots.tables import percent, table
 
 Json = dict[str, Any]
 

@@ -181,7 +181,7 @@ class CaseRuns:
 
     def _confirmed(self, point: OperatingPoint, beat: float) -> tuple[OperatingPoint, list[Run]] | None:
         """The lowest cap in whole W, from the point's own up, at which its runs count; None where that is not better
-        than `beat` tokens/J. A higher cap at the same batch only costs more: the search never goes above one that is not."""
+        than `beat` tokens/J. A higher cap at the same batch only costs more, so none above one that is not is tried."""
         (model,) = self.fleet.models
         kept = None
         low, high = round(point.cap_w), round(find_gpu(model.gpu).max_limit_w)

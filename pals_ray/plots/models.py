@@ -26,35 +26,21 @@ def plot_surface(model: PowerModel, table: SampleTable, path: Path, title: str) 
         for cap, color in zip(caps, shades(len(caps)), strict=True):
             said, here = model.predict(cap, batches), cells.cap_w == cap
             rate, power_w = cells.throughput_tokens_per_s[here], cells.power_w[here]
-            for axis, line, points, std in zip(
-                axes.flat,
-                (
-                    said.throughput_tokens_per_s,
-                    said.power_w,
-                    said.itl_p50_s * 1e3,
-                    said.throughput_tokens_per_s / said.power_w,
-                ),
-                (rate, power_w, itl_s[here] * 1e3, rate / power_w),
-                (said.throughput_rel_std, said.power_rel_std, None, None),
-                strict=True,
-            ):
-                axis.plot(
-                    cells.batch[here],
-                    points,
-                    "o",
-                    color=color,
-                    markersize=5,
-                    markeredgecolor="white",
-                    markeredgewidth=0.5,
-                )
-                if cap not in shown:
-                    continue
-                axis.plot(batches, line, color=color, label=f"{cap:g} W")
-                if std is not None:
-                    band = line * (1 - 2 * std), line * (1 + 2 * std)
-                    axis.fill_between(batches, *band, color=color, alpha=0.12, lw=0)
-        labels = ("tokens/s", "replica draw, W", "ITL p50, ms", "tokens/J (GPU)")
-        for axis, label in zip(axes.flat, labels, strict=True):
+            panels: dict[str, tuple[FloatArray, FloatArray, FloatArray | None]] = {
+                "tokens/s": (said.throughput_tokens_per_s, rate, said.throughput_rel_std),
+                "replica draw, W": (said.power_w, power_w, said.power_rel_std),
+                "ITL p50, ms": (said.itl_p50_s * 1e3, itl_s[here] * 1e3, None),
+                "tokens/J (GPU)": (said.throughput_tokens_per_s / said.power_w, rate / power_w, None),
+            }
+            for axis, (line, points, std) in zip(axes.flat, panels.values(), strict=True):
+                style = {"color": color, "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.5}
+                axis.plot(cells.batch[here], points, "o", **style)
+                if cap in shown:
+                    axis.plot(batches, line, color=color, label=f"{cap:g} W")
+                    if std is not None:
+                        band = line * (1 - 2 * std), line * (1 + 2 * std)
+                        axis.fill_between(batches, *band, color=color, alpha=0.12, lw=0)
+        for axis, label in zip(axes.flat, panels, strict=True):
             axis.set_xscale("log", base=2)
             axis.set(xlabel="batch limit", ylabel=label)
             axis.set_ylim(bottom=0)

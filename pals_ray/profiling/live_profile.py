@@ -18,7 +18,7 @@ from pals_ray.models.lookup import SurfaceModel
 from pals_ray.models.physics.roofline import RooflineModel, known_prior
 from pals_ray.models.profile import Profile, ProfileSample
 from pals_ray.models.specs import Parallelism, UnknownSpecError
-from pals_ray.plots.text import table
+from pals_ray.plots.tables import table
 from pals_ray.profiling.load import ClosedLoop, RequestShape, in_full_swing
 from pals_ray.profiling.measure import NotSteady, held, measure
 from pals_ray.profiling.run import begin_or_resume, drawn_points, grid_of, measure_all, write_profile

@@ -10,7 +10,7 @@ from pals_ray.models.fitting.accuracy import QUANTITIES, Evaluation, errors_of
 from pals_ray.models.fitting.sample_checks import SampleError, SampleTable, samples_from_columns
 from pals_ray.models.lookup import SurfaceModel
 from pals_ray.models.profile import Profile, samples_of
-from pals_ray.plots.text import Report, table
+from pals_ray.plots.tables import Report, table
 from pals_ray.types import Provenance
 
 
