@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pals_ray.config.scenario import Scenario
-from pals_ray.evaluation.tables import case_rows, shown
+from pals_ray.evaluation.policy_tables import case_rows, policy_rows
 
 Json = dict[str, Any]
 
@@ -53,7 +53,7 @@ def html_report(scenario: Scenario, trace: str, summary: Json, pictures: Sequenc
         *(f"<p class=note>{escape(line)}</p>" for line in setup_lines(scenario, trace)),
         "<h2>Policies</h2>",
         "<p class=note>Means over cases (saturated ones apart); the worst case for budgets and settling.</p>",
-        html_table(["", *summary["policies"]], [[title, *cells] for title, cells in shown(summary["policies"])]),
+        html_table(["", *summary["policies"]], policy_rows(summary["policies"])),
     ]
     for title, picture in pictures:
         data = base64.b64encode(picture.read_bytes()).decode()
