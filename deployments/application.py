@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from ray import serve
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.llm._internal.serve.constants import RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING
@@ -19,10 +18,11 @@ from ray.llm._internal.serve.core.server.builder import build_llm_deployment
 from ray.serve import Application
 from ray.serve.llm import LLMConfig
 
-from pals_ray.config.fleet import ConfigError, FleetConfig, ModelConfig, explain, load_fleet_config, parse_fleet_config
+from pals_ray.config.fleet import FleetConfig, ModelConfig, load_fleet_config, parse_fleet_config
 from pals_ray.config.policy_path import load_policy
-from pals_ray.gpus.base import GpuError
-from pals_ray.gpus.drivers import choose_kind
+from pals_ray.config.reader import ConfigError, check
+from pals_ray.gpus.driver_choice import choose_kind
+from pals_ray.gpus.gpu_protocol import GpuError
 from pals_ray.runtime.manager.predictors import read_profile
 from pals_ray.runtime.node.hardware import HardwareSpec
 from pals_ray.runtime.serve.ingress import PowerIngress, make_ingress_class
@@ -161,10 +161,7 @@ def _llm_config(model: ModelConfig, hardware: HardwareSpec) -> LLMConfig:
         content["model_loading_config"]["model_source"] = str(TINY_FOLDER / TINY_MODELS[source])
     else:
         _refuse_missing_folder(model.model_id, source)
-    try:
-        return LLMConfig.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(f"llm_config of {model.model_id} cannot be used:\n{explain(error)}") from error
+    return check(LLMConfig, content, f"llm_config of {model.model_id} cannot be used")
 
 
 def _refuse_missing_folder(model_id: str, source: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import re
 from datetime import UTC, datetime, tzinfo
@@ -12,10 +10,10 @@ from typing import Annotated, Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import numpy as np
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pals_ray.config.fleet import ConfigError, Watts, explain
+from pals_ray.config.fleet import Watts
+from pals_ray.config.reader import ConfigError, CsvRow, StrictModel, check_mapping, read_content, read_csv
 from pals_ray.control.budget.overhead_fit import NodeSample
 from pals_ray.control.budget.regulation import RegulationError, Signal
 from pals_ray.control.budget.schedule import Entry, Schedule
@@ -51,10 +49,8 @@ def _known_zone(name: str) -> str:
 WallTime = Annotated[datetime, BeforeValidator(_wall_time)]
 
 
-class ScheduleEntry(BaseModel):
+class ScheduleEntry(StrictModel):
     """One entry: `budget_w` from `start` to `end`, either left out for an open end, reached over `ramp_s`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     budget_w: Watts
     start: WallTime | None = None
@@ -70,10 +66,8 @@ class ScheduleEntry(BaseModel):
         return Entry(start_s, end_s, self.budget_w, self.ramp_s)
 
 
-class ScheduleFile(BaseModel):
+class ScheduleFile(StrictModel):
     """A schedule: entries, and the time zone of those times in them that say no offset of their own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     time_zone: Annotated[str, AfterValidator(_known_zone)] | None = None
     entries: tuple[ScheduleEntry, ...]
@@ -120,24 +114,13 @@ def _unix_s(given: datetime, zone: tzinfo | None) -> float:
 def load_schedule(path: str | Path) -> Schedule:
     """Read and check a schedule, JSON where the name ends so and YAML otherwise. Raises `ConfigError`."""
     path = Path(path).expanduser()
-    text = _text(path, "schedule")
-    try:
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    return parse_schedule(content, str(path))
+    return parse_schedule(read_content(path, "schedule"), str(path))
 
 
 def parse_schedule(content: Any, source: str) -> Schedule:
     """Check a schedule's content, as it came from a file or a call; `source` names it. Raises `ConfigError`."""
-    if not isinstance(content, dict):
-        raise ConfigError(f"{source} must hold a mapping with a list of entries, each with budget_w, start and end")
-    try:
-        return ScheduleFile.model_validate(content).schedule()
-    except ValidationError as error:
-        raise ConfigError(f"{source} cannot be used:\n{explain(error)}") from error
+    holds = "a list of entries, each with budget_w, start and end"
+    return check_mapping(ScheduleFile, content, source, holds).schedule()
 
 
 def load_signal(path: str | Path) -> Signal:
@@ -147,11 +130,11 @@ def load_signal(path: str | Path) -> Signal:
     Raises `ConfigError` naming the line.
     """
     path = Path(path).expanduser()
-    rows = _rows(path, "signal")
-    header = rows[0][1]
+    rows = read_csv(path, "signal")
+    header = rows[0].cells
     if any(_is_name(cell) for cell in header):
-        value_at = _column(path, header, SIGNAL_COLUMNS)
-        time_at = None if len(header) == 1 else _column(path, header, TIME_COLUMNS)
+        value_at = rows[0].find_column(SIGNAL_COLUMNS)
+        time_at = None if len(header) == 1 else rows[0].find_column(TIME_COLUMNS)
         rows = rows[1:]
     elif len(header) <= 2:
         value_at, time_at = len(header) - 1, 0 if len(header) == 2 else None
@@ -159,13 +142,13 @@ def load_signal(path: str | Path) -> Signal:
         raise ConfigError(f"{path} has {len(header)} columns without names; keep the times and one column of values")
     values: list[float] = []
     times_s: list[float] = []
-    for line, row in rows:
-        value = _number(path, line, row, value_at)
+    for row in rows:
+        value = row.number(value_at)
         if not -1.0 <= value <= 1.0:
-            raise ConfigError(f"{path}, line {line}: {value:g} is not in [-1, 1]; divide the signal by its range")
-        time_s = SIGNAL_EVERY_S * len(values) if time_at is None else _time_s(path, line, row, time_at)
+            raise row.refused(f"{value:g} is not in [-1, 1]; divide the signal by its range")
+        time_s = SIGNAL_EVERY_S * len(values) if time_at is None else _time_s(row, time_at)
         if times_s and time_s <= times_s[-1]:
-            raise ConfigError(f"{path}, line {line}: the time is not after that of the line before; sort the file")
+            raise row.refused("the time is not after that of the line before; sort the file")
         values.append(value)
         times_s.append(time_s)
     try:
@@ -174,80 +157,28 @@ def load_signal(path: str | Path) -> Signal:
         raise ConfigError(f"{path} cannot be followed: {error}") from error
 
 
-def load_node_samples(path: str | Path) -> tuple[NodeSample, ...]:
-    """Read watts of one node and of all its GPUs together, columns `node_w` and `gpu_w`; a sample's row is its line.
-
-    Other columns are passed over. Raises `ConfigError` naming the line.
-    """
-    path = Path(path).expanduser()
-    (_, header), *rows = _rows(path, "measurements")
-    node_at, gpu_at = _column(path, header, NODE_COLUMNS), _column(path, header, GPU_COLUMNS)
-    return tuple(
-        NodeSample(line, _number(path, line, row, node_at), _number(path, line, row, gpu_at)) for line, row in rows
-    )
-
-
-def _text(path: Path, what: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"cannot read the {what} {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read the {what} {path}: it is not a text file in UTF-8") from error
-
-
-def _rows(path: Path, what: str) -> list[tuple[int, list[str]]]:
-    """Line numbers and cells of a CSV file separated by commas, semicolons or tabs; blank lines and # are left out."""
-    text = _text(path, what)
-    first = next((line for line in text.splitlines() if line.strip() and not line.startswith("#")), "")
-    delimiter = next((mark for mark in ";\t" if mark in first), ",")
-    reader = csv.reader(text.splitlines(), delimiter=delimiter)
-    rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row and not row[0].startswith("#")]
-    rows = [(line, row) for line, row in rows if any(row)]
-    if not rows:
-        raise ConfigError(f"{path} holds no rows")
-    return rows
-
-
 def _is_name(cell: str) -> bool:
     return bool(re.match(r"[A-Za-z]", cell)) and cell.lower() not in {"nan", "inf"}
 
 
-def _column(path: Path, header: list[str], names: tuple[str, ...]) -> int:
-    found = [at for at, cell in enumerate(header) if cell.lower() in names]
-    if len(found) != 1:
-        why = "two columns of this kind" if found else f"only {', '.join(header)}"
-        raise ConfigError(
-            f"{path} needs one column named {' or '.join(names)}, and has {why}; rename one in the header"
-        )
-    return found[0]
-
-
-def _cell(path: Path, line: int, row: list[str], at: int) -> str:
-    if at >= len(row):
-        raise ConfigError(f"{path}, line {line}: only {len(row)} columns")
-    return row[at]
-
-
-def _number(path: Path, line: int, row: list[str], at: int) -> float:
-    cell = _cell(path, line, row, at)
-    try:
-        number = float(cell)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ConfigError(f"{path}, line {line}: {cell!r} is not a number")
-    return number
-
-
-def _time_s(path: Path, line: int, row: list[str], at: int) -> float:
-    cell = _cell(path, line, row, at)
+def _time_s(row: CsvRow, column: int) -> float:
+    cell = row.text(column)
     if clock := re.fullmatch(r"(\d{1,2}):([0-5]\d)(?::([0-5]\d(?:\.\d+)?))?", cell):
         return 3600.0 * int(clock[1]) + 60.0 * int(clock[2]) + float(clock[3] or 0)
     if re.match(r"\d{4}-\d\d-\d\d[T ]", cell):
         try:
             moment = datetime.fromisoformat(cell)
         except ValueError as error:
-            raise ConfigError(f"{path}, line {line}: {cell!r} is not a time") from error
+            raise row.refused(f"{cell!r} is not a time") from error
         return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
-    return _number(path, line, row, at)
+    return row.number(column)
+
+
+def load_node_samples(path: str | Path) -> tuple[NodeSample, ...]:
+    """Read watts of one node and of all its GPUs together, columns `node_w` and `gpu_w`; a sample's row is its line.
+
+    Other columns are passed over. Raises `ConfigError` naming the line.
+    """
+    header, *rows = read_csv(Path(path).expanduser(), "measurements")
+    node_at, gpu_at = header.find_column(NODE_COLUMNS), header.find_column(GPU_COLUMNS)
+    return tuple(NodeSample(row.line, row.number(node_at), row.number(gpu_at)) for row in rows)

@@ -6,12 +6,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from click import ClickException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from pals_ray.config.reader import StrictModel, check_mapping, read_content
 from pals_ray.control.snapshot import Domain, Overhead
-from pals_ray.errors import PalsError
 from pals_ray.models.specs import GPUS, MODELS
 from pals_ray.types import Target
 
@@ -19,21 +17,17 @@ Watts = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class ConfigError(PalsError, ClickException):
-    """A configuration that cannot be used. A ClickException, so that `serve run` prints the message alone."""
-
-    def __str__(self) -> str:
-        return self.message
-
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[str]]:
-        return ConfigError, (self.message,)
+def known_model(name: str) -> str:
+    """The name of a model that the tables know. Raises ValueError."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; known are {', '.join(sorted(MODELS))}")
+    return name
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+KnownModel = Annotated[str, AfterValidator(known_model)]
 
 
-class OverheadConfig(_Strict):
+class OverheadConfig(StrictModel):
     """Node watts that caps do not control: `a_w + b * GPU watts` on every node."""
 
     a_w: float = Field(0.0, ge=0, allow_inf_nan=False)
@@ -43,7 +37,7 @@ class OverheadConfig(_Strict):
         return Overhead(self.a_w, self.b)
 
 
-class DomainConfig(_Strict):
+class DomainConfig(StrictModel):
     """A rack or circuit with a budget of its own: the nodes whose Ray node label `label` has the value `value`."""
 
     name: str
@@ -56,7 +50,7 @@ class DomainConfig(_Strict):
         return Domain(self.name, self.budget_w, self.parent, self.label, self.value)
 
 
-class VirtualNode(_Strict):
+class VirtualNode(StrictModel):
     """The GPUs of a node without any: `count` modelled ones of one type."""
 
     gpu: str = "A100-SXM"
@@ -70,7 +64,7 @@ class VirtualNode(_Strict):
         return gpu
 
 
-class HardwareConfig(_Strict):
+class HardwareConfig(StrictModel):
     """`nvml` for NVIDIA GPUs, `virtual` for modelled ones, `auto` for NVML where the building machine has a GPU."""
 
     kind: Literal["nvml", "virtual", "auto"] = "auto"
@@ -78,7 +72,7 @@ class HardwareConfig(_Strict):
     allow_unenforced: bool = False
 
 
-class TargetConfig(_Strict):
+class TargetConfig(StrictModel):
     """What the operator wants from a model; see `pals_ray.types.Target`."""
 
     throughput_tokens_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -93,7 +87,7 @@ class TargetConfig(_Strict):
         return Target(**self.model_dump())
 
 
-class ModelConfig(_Strict):
+class ModelConfig(StrictModel):
     """One model: Ray's own `LLMConfig` content, the operator's target, and how it is predicted.
 
     `stands_for` is a known model: what virtual GPUs take it for, and whose roofline predicts it where `profile`, a file
@@ -102,7 +96,7 @@ class ModelConfig(_Strict):
 
     llm_config: dict[str, Any]
     target: TargetConfig = TargetConfig()
-    stands_for: str | None = None
+    stands_for: KnownModel | None = None
     profile: str | None = None
 
     @property
@@ -148,13 +142,6 @@ class ModelConfig(_Strict):
                 raise ValueError(f"llm_config.{key} must be a mapping, not {llm_config[key]!r}")
         return llm_config
 
-    @field_validator("stands_for")
-    @classmethod
-    def _known_model(cls, name: str | None) -> str | None:
-        if name is not None and name not in MODELS:
-            raise ValueError(f"unknown model {name!r}; known are {', '.join(sorted(MODELS))}")
-        return name
-
     @model_validator(mode="after")
     def _one_node_whole_gpus(self) -> ModelConfig:
         for key in ("tensor_parallel_size", "pipeline_parallel_size"):
@@ -190,7 +177,7 @@ class ModelConfig(_Strict):
         return self
 
 
-class FleetConfig(_Strict):
+class FleetConfig(StrictModel):
     """The whole fleet file. Watts are at node level: GPUs plus overhead."""
 
     budget_w: Watts
@@ -269,33 +256,9 @@ def _refuse_cycles(parents: dict[str, str | None]) -> None:
 def load_fleet_config(path: str | Path) -> FleetConfig:
     """Read and check a fleet file (YAML). Raises `ConfigError` naming the file, the key and what is possible."""
     path = Path(path).expanduser()
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read the fleet file {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a mapping with budget_w and models at least")
-    return parse_fleet_config(content, str(path))
+    return parse_fleet_config(read_content(path, "fleet file"), str(path))
 
 
-def parse_fleet_config(content: dict[str, Any], source: str) -> FleetConfig:
+def parse_fleet_config(content: Any, source: str) -> FleetConfig:
     """Check a fleet's content; `source` names it in the message. Raises `ConfigError`."""
-    try:
-        return FleetConfig.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(f"{source} cannot be used:\n{explain(error)}") from error
-
-
-def explain(error: ValidationError) -> str:
-    """A validation error as one readable line per finding: where, what, and the value that was given."""
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "(whole file)"
-        message = item["msg"].removeprefix("Value error, ")
-        given = "" if item["type"] in {"value_error", "missing"} else f" (given: {item['input']!r})"
-        if item["type"] == "extra_forbidden":
-            message = "no such key"
-        lines.append(f"  {where}: {message}{given}")
-    return "\n".join(lines)
+    return check_mapping(FleetConfig, content, source, "budget_w and models at least")

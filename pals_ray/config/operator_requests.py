@@ -5,22 +5,21 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from pals_ray.config.budget_files import SIGNAL_EVERY_S
-from pals_ray.config.fleet import ConfigError, Watts, explain
+from pals_ray.config.fleet import Watts
+from pals_ray.config.reader import StrictModel, check
 from pals_ray.control.budget.moving_budget import FollowedSignal
 from pals_ray.control.budget.regulation import RegulationError, Signal
 from pals_ray.control.budget.signal_following import Following
 
 
-class FollowRequest(BaseModel):
+class FollowRequest(StrictModel):
     """A signal and how to follow it: target = base + range x value, under a ceiling. W at node level.
 
     `value` lies in [-1, 1], `time_s` counts from the first; without it a value comes every 2 s.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     base_w: Watts
     range_w: float = Field(ge=0, allow_inf_nan=False)
@@ -50,8 +49,5 @@ class FollowRequest(BaseModel):
 
 def followed(signal: Signal, **watts: Any) -> FollowedSignal:
     """A signal to be followed with `base_w`, `range_w` and `ceiling_w`. Raises `ConfigError` naming what cannot be."""
-    try:
-        request = FollowRequest(value=tuple(signal.value.tolist()), time_s=tuple(signal.time_s.tolist()), **watts)
-    except ValidationError as error:
-        raise ConfigError(f"the signal cannot be followed like that:\n{explain(error)}") from error
-    return request.plan()
+    content = {"value": signal.value.tolist(), "time_s": signal.time_s.tolist(), **watts}
+    return check(FollowRequest, content, "the signal cannot be followed like that").plan()

@@ -8,15 +8,12 @@ import pkgutil
 from dataclasses import dataclass
 
 import policies
-from pals_ray.config.fleet import ConfigError
+from pals_ray.config.reader import ConfigError
 from pals_ray.control.snapshot import Policy
 
 
 class UnknownPolicy(ConfigError):
     """A policy path that names nothing callable."""
-
-    def __reduce__(self) -> tuple[type[UnknownPolicy], tuple[str]]:
-        return UnknownPolicy, (self.message,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pals_ray.config.fleet import ConfigError, DomainConfig, OverheadConfig, Seconds, TargetConfig, Watts, explain
-from pals_ray.models.specs import GPUS, MODELS
+from pals_ray.config.fleet import DomainConfig, KnownModel, OverheadConfig, Seconds, TargetConfig, Watts
+from pals_ray.config.reader import ConfigError, StrictModel, check_mapping, read_content
+from pals_ray.models.specs import GPUS
 
 #: The scenarios that come with pals-ray, in the checkout's top folder.
 SHIPPED = Path(__file__).parents[2] / "scenarios"
@@ -29,10 +29,6 @@ POLICIES = (
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class CitedOverhead(OverheadConfig):
     """Node watts beside the GPUs', `a_w + b * GPU watts`, of one server with `gpus` GPUs, and which one that is.
 
@@ -43,7 +39,7 @@ class CitedOverhead(OverheadConfig):
     source: str
 
 
-class NodeSpec(_Strict):
+class NodeSpec(StrictModel):
     """`count` equal nodes of `gpus` GPUs; `models` names the model of each replica on each of them, in order."""
 
     gpu: str
@@ -60,24 +56,17 @@ class NodeSpec(_Strict):
         return gpu
 
 
-class ModelSpecEntry(_Strict):
+class ModelSpecEntry(StrictModel):
     """A served model: which one it is, its tensor (and expert) parallelism, the batch that its engines start with."""
 
-    name: str
+    name: KnownModel
     tensor_parallel: int = Field(1, ge=1, le=16)
     expert_parallel: int = Field(1, ge=1, le=16)
     max_batch: int = Field(256, ge=1, le=4096)
     target: TargetConfig = TargetConfig()
 
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in MODELS:
-            raise ValueError(f"unknown model {name!r}; known are {', '.join(sorted(MODELS))}")
-        return name
 
-
-class FleetSpec(_Strict):
+class FleetSpec(StrictModel):
     """Nodes and the models on them."""
 
     name: str
@@ -111,7 +100,7 @@ class FleetSpec(_Strict):
         return self
 
 
-class TraceSpec(_Strict):
+class TraceSpec(StrictModel):
     """Where requests come from: a file of Azure's or Mooncake's format.
 
     `path` and `sample` (a small synthetic file of the same format) are relative to the scenario. `arrivals` says
@@ -126,7 +115,7 @@ class TraceSpec(_Strict):
     max_model_len: int = Field(16_384, ge=16)
 
 
-class LoadSpec(_Strict):
+class LoadSpec(StrictModel):
     """Offered load, a case for each share of what the reference serves when saturated.
 
     `of` is `static` (highest cap, the start batch) or `budget` (every GPU at its even part of the budget, the start
@@ -142,7 +131,7 @@ class LoadSpec(_Strict):
     ramp_s: float = Field(60.0, ge=0, le=3600)
 
 
-class EventSpec(_Strict):
+class EventSpec(StrictModel):
     """A fall of the budget to `share` of it from `start_s` to `end_s`, reached over `ramp_s`."""
 
     share: Share
@@ -151,7 +140,7 @@ class EventSpec(_Strict):
     ramp_s: float = Field(0.0, ge=0)
 
 
-class RegulationSpec(_Strict):
+class RegulationSpec(StrictModel):
     """A signal to follow: base and range as shares of the natural draw (what `static` draws at the same demand).
 
     The signal is synthetic (an Ornstein-Uhlenbeck process by the case's seed) unless `signal` names a file.
@@ -170,7 +159,7 @@ class RegulationSpec(_Strict):
         return self
 
 
-class BudgetSpec(_Strict):
+class BudgetSpec(StrictModel):
     """The budget, W at node level: `watts` as it is, or `shares` of what the fleet is charged at its highest caps (a
     case each, `sweep_s` long); with neither, that charge itself. `event` is one more case, `regulation` the only."""
 
@@ -189,14 +178,14 @@ class BudgetSpec(_Strict):
         return self
 
 
-class LimitSpec(_Strict):
+class LimitSpec(StrictModel):
     """Latency limits as multiples of the p99 of `static` at the same demand."""
 
     itl_p99: float = Field(1.25, gt=1)
     ttft_p99: float = Field(2.0, gt=1)
 
 
-class FailureSpec(_Strict):
+class FailureSpec(StrictModel):
     """An agent that is silent or a manager that is down from `at_s` for `for_s`, or a node that dies at `at_s`."""
 
     kind: Literal["agent_silent", "manager_down", "node_death"]
@@ -213,7 +202,7 @@ class FailureSpec(_Strict):
         return self
 
 
-class Scenario(_Strict):
+class Scenario(StrictModel):
     """One evaluation: every fleet under every load and every budget, each with every policy and seed.
 
     `violation_limit` is the violation rate up to which a gain counts (`static`'s own where that is larger).
@@ -281,15 +270,5 @@ def find_scenario(asked: str | Path) -> Path:
 def load_scenario(path: str | Path) -> Scenario:
     """Read and check a scenario. Raises `ConfigError` naming the file, the key and what is possible."""
     path = Path(path).expanduser()
-    try:
-        content: Any = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read the scenario {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a mapping with name, fleets, trace and policies at least")
-    try:
-        return Scenario.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(f"{path} cannot be used:\n{explain(error)}") from error
+    content = read_content(path, "scenario")
+    return check_mapping(Scenario, content, str(path), "name, fleets, trace and policies at least")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pals_ray.config.fleet import ConfigError
+from pals_ray.config.reader import ConfigError
 from pals_ray.simulation.traces import Trace
 
 #: Where each format is published, for whoever has no file yet.
@@ -35,7 +35,7 @@ class MissingTrace(ConfigError):
         self.path = path
         self.kind = kind
 
-    def __reduce__(self) -> tuple[type[MissingTrace], tuple[Path, str]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[Any, ...]:
         return MissingTrace, (self.path, self.kind)
 
 

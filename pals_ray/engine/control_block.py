@@ -182,15 +182,9 @@ class ControlBlock:
 
     def scheduler(self) -> SchedulerReading:
         """What the scheduler last wrote (each number is whole; together they may straddle a step)."""
-        return SchedulerReading(
-            heartbeat_ns=self._get("scheduler_heartbeat_ns"),
-            max_batch=self._get("max_batch"),
-            step_tokens=self._get("step_tokens"),
-            kv_tokens=self._get("kv_tokens"),
-            limit_in_force=self._get("limit_in_force"),
-            running=self._get("scheduler_running"),
-            waiting=self._get("scheduler_waiting"),
-        )
+        shared = {name: self._get(name) for name in ("max_batch", "step_tokens", "kv_tokens", "limit_in_force")}
+        own = {name: self._get(f"scheduler_{name}") for name in ("heartbeat_ns", "running", "waiting")}
+        return SchedulerReading(**shared, **own)
 
     def _get(self, name: str) -> int:
         return int(self._fields[name].item(0))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pals_ray.engine.control_block import ControlBlock
-from pals_ray.engine.ordered_batch_limit import SchedulerHook
+from pals_ray.engine.scheduler_hook import SchedulerHook
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from pals_ray.engine.control_block import BLOCK_VARIABLE, BlockError, ControlBlock
-from pals_ray.engine.ordered_batch_limit import SchedulerHook
+from pals_ray.engine.scheduler_hook import SchedulerHook
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

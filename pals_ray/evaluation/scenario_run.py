@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pals_ray.config.fleet import ConfigError, explain
+from pals_ray.config.reader import ConfigError, explain
 from pals_ray.config.scenario import Scenario, find_scenario, load_scenario
 from pals_ray.evaluation.cache import Job, run_jobs
 from pals_ray.evaluation.cases import cases_of, read_lengths

@@ -27,7 +27,7 @@ from pynvml import (
     nvmlClocksEventReasonSwPowerCap,
 )
 
-from pals_ray.gpus.base import (
+from pals_ray.gpus.gpu_protocol import (
     GpuDriverMissingError,
     GpuError,
     GpuLostError,

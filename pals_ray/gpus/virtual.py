@@ -1,8 +1,8 @@
 """Virtual GPUs: what NVML would say of GPUs that aren't there. Limits, claims and energy live in shared memory.
 
-Two sides use them. Agents come through the protocol of `gpus.base`, as they do to NVML. The paced worker of each rank
-claims a GPU, reads the caps in effect and books the steps that the physics of `pals_ray.models` says it has run.
-Everything they say is modelled. Time is CLOCK_MONOTONIC, the same in all processes of a machine.
+Two sides use them. Agents call the protocol of `pals_ray.gpus.gpu_protocol`, as they do for NVML. The paced worker of
+each rank claims a GPU, reads the caps in effect and records the steps that the physics of `pals_ray.models` says it has
+run. Everything they report is modelled. Time is CLOCK_MONOTONIC, the same in all processes of a machine.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
-from pals_ray.gpus.base import (
+from pals_ray.gpus.gpu_protocol import (
     GpuError,
     GpuLostError,
     GpuPermissionError,
@@ -26,9 +27,25 @@ from pals_ray.models.specs import GpuSpec, find_gpu
 from pals_ray.processes import ProcessId, identify, is_alive
 from pals_ray.types import GpuInfo, GpuState, Provenance
 
+S = TypeVar("S")
+
 
 class NoFreeGpuError(GpuError):
     """Every virtual GPU of the node is held by a living process."""
+
+
+class _Switch(Generic[S]):
+    """A field of a GPU's shared record as an attribute, which tests set and every process sees at once."""
+
+    def __init__(self, field: str, kind: Callable[[Any], S]) -> None:
+        self._field = field
+        self._kind: Callable[[Any], S] = kind
+
+    def __get__(self, gpu: VirtualGpu, _: type[VirtualGpu] | None = None) -> S:
+        return self._kind(gpu._record[self._field][0])
+
+    def __set__(self, gpu: VirtualGpu, value: S) -> None:
+        gpu._record[self._field] = value
 
 
 class VirtualGpu:
@@ -190,41 +207,14 @@ class VirtualGpu:
 
     # -- what tests switch; seen by every process at once
 
-    @property
-    def permitted(self) -> bool:
-        """Whether limits may be set."""
-        return bool(self._record["may_set"][0])
-
-    @permitted.setter
-    def permitted(self, value: bool) -> None:
-        self._record["may_set"] = value
-
-    @property
-    def lost(self) -> bool:
-        """Whether the device has fallen off the bus."""
-        return bool(self._record["lost"][0])
-
-    @lost.setter
-    def lost(self, value: bool) -> None:
-        self._record["lost"] = value
-
-    @property
-    def failing_sets(self) -> int:
-        """How many of the next orders fail with a plain `GpuError`."""
-        return int(self._record["failing_sets"][0])
-
-    @failing_sets.setter
-    def failing_sets(self, value: int) -> None:
-        self._record["failing_sets"] = value
-
-    @property
-    def call_delay_s(self) -> float:
-        """How long each call of the protocol takes, s (an NVML call takes 0.01 to 0.03)."""
-        return float(self._record["call_delay_s"][0])
-
-    @call_delay_s.setter
-    def call_delay_s(self, value: float) -> None:
-        self._record["call_delay_s"] = value
+    #: Whether limits may be set.
+    permitted = _Switch("may_set", bool)
+    #: Whether the device has fallen off the bus.
+    lost = _Switch("lost", bool)
+    #: How many of the next orders fail with a plain `GpuError`.
+    failing_sets = _Switch("failing_sets", int)
+    #: How long each call of the protocol takes, s (an NVML call takes 0.01 to 0.03).
+    call_delay_s = _Switch("call_delay_s", float)
 
     @property
     def out_of_band_limit_w(self) -> float:

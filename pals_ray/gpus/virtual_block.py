@@ -18,7 +18,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from pals_ray.gpus.base import GpuDriverMissingError, GpuError
+from pals_ray.gpus.gpu_protocol import GpuDriverMissingError, GpuError
 from pals_ray.models.physics.step_cost import die_factor
 from pals_ray.models.specs import GpuSpec, find_gpu
 
@@ -100,12 +100,12 @@ class VirtualBlock:
     def open(cls, key: str, spec: GpuSpec, count: int, now_s: float) -> VirtualBlock:
         """The block of this key, made first if there is none. Raises `GpuError` if it holds other GPUs than asked."""
         with _held(FileLock(lock_path(key))):
-            if not block_path(key).exists():
+            if not gpu_block_path(key).exists():
                 _create(key, spec, count, now_s)
             block = cls.attach(key)
         if (block.spec.name, len(block.gpus)) != (spec.name, count):
             raise GpuError(
-                f"{count} virtual {spec.name} were asked for node {key}, but its block {block_path(key)} holds "
+                f"{count} virtual {spec.name} were asked for node {key}, but its block {gpu_block_path(key)} holds "
                 f"{len(block.gpus)} {block.spec.name} that others may be using. Stop them and run `make clean`, or ask "
                 "for the GPUs it has."
             )
@@ -114,7 +114,7 @@ class VirtualBlock:
     @classmethod
     def attach(cls, key: str) -> VirtualBlock:
         """The block of this key. Raises `GpuDriverMissingError` if there is none, `GpuError` if it is damaged."""
-        path = block_path(key)
+        path = gpu_block_path(key)
         try:
             with path.open("r+b") as file:
                 memory = mmap.mmap(file.fileno(), 0)
@@ -141,7 +141,7 @@ class VirtualBlock:
         return Latch(self.gpus[field][index : index + 1])
 
 
-def block_path(key: str) -> Path:
+def gpu_block_path(key: str) -> Path:
     """The file behind a node's virtual GPUs. Raises `GpuError` for a key that can't be part of a file name."""
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", key):
         raise GpuError(f"node key {key!r}: up to 100 letters, digits, '_', '.' and '-' are possible.")
@@ -165,12 +165,12 @@ def _held(lock: FileLock) -> Iterator[None]:
 
 def lock_path(key: str) -> Path:
     """The lock that writers of the block hold."""
-    return block_path(key).with_name(block_path(key).name + ".lock")
+    return gpu_block_path(key).with_name(gpu_block_path(key).name + ".lock")
 
 
 def remove_block(key: str) -> None:
     """Remove a node's virtual GPUs for good; processes that have them mapped keep a ghost."""
-    block_path(key).unlink(missing_ok=True)
+    gpu_block_path(key).unlink(missing_ok=True)
     lock_path(key).unlink(missing_ok=True)
 
 
@@ -191,6 +191,6 @@ def _create(key: str, spec: GpuSpec, count: int, now_s: float) -> None:
     # No step yet: at rest since now, with nobody's context.
     gpus["load"]["slots"][:, 0] = (0.0, now_s, now_s, spec.idle_bare_w, spec.idle_bare_w, 0.0, 1.0)
     gpus["trail"][:] = (now_s, 0.0)
-    made = block_path(key).with_name(f"{block_path(key).name}.{os.getpid()}")
+    made = gpu_block_path(key).with_name(f"{gpu_block_path(key).name}.{os.getpid()}")
     made.write_bytes(memory)
-    made.replace(block_path(key))
+    made.replace(gpu_block_path(key))

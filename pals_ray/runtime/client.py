@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import ray
 from ray._private.utils import read_ray_address
@@ -16,7 +17,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from pals_ray.config.budget_files import load_schedule, load_signal, parse_schedule
 from pals_ray.config.operator_requests import followed
 from pals_ray.config.policy_path import PolicyInfo, list_policies
-from pals_ray.control.budget.moving_budget import BudgetPlan, ScheduledBudget
+from pals_ray.control.budget.moving_budget import ScheduledBudget
 from pals_ray.control.budget.regulation import Signal
 from pals_ray.control.budget.schedule import Schedule
 from pals_ray.errors import PalsError
@@ -24,6 +25,9 @@ from pals_ray.runtime.messages import MANAGER_NAME, NAMESPACE
 from pals_ray.types import BudgetChange, BudgetSource, FleetStatus, Target
 
 CONNECT_TIMEOUT_S = 5.0
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class NotRunning(PalsError):
@@ -46,6 +50,30 @@ def own_errors() -> Iterator[None]:
         ) from error
 
 
+def _blocking(ask: Callable[P, Awaitable[T]]) -> Callable[P, T]:
+    """Make an operation, which asks the manager, wait for the answer and return it."""
+
+    @wraps(ask)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with own_errors():
+            answer: T = ray.get(ask(*args, **kwargs))
+        return answer
+
+    return call
+
+
+def _async_twin(blocking: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The same operation for an event loop: it awaits the answer instead of blocking."""
+    ask: Callable[P, Awaitable[T]] = blocking.__wrapped__  # type: ignore[attr-defined]
+
+    @wraps(ask)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with own_errors():
+            return await ask(*args, **kwargs)
+
+    return call
+
+
 class Fleet:
     """A running fleet. `..._async` is the same inside an event loop."""
 
@@ -59,75 +87,58 @@ class Fleet:
                 "this Ray cluster runs no pals-ray fleet; start one with `serve run deployments:app`"
             ) from error
 
-    def status(self) -> FleetStatus:
+    def _ask(self, operation: str, *args: Any) -> Awaitable[Any]:
+        answer: Awaitable[Any] = getattr(self._manager, operation).remote(*args)
+        return answer
+
+    @_blocking
+    def status(self) -> Awaitable[FleetStatus]:
         """Budget, charge, draw, and each replica's operating point, target and reason."""
-        with own_errors():
-            status: FleetStatus = ray.get(self._manager.status.remote())
-        return status
+        return self._ask("status")
 
-    async def status_async(self) -> FleetStatus:
-        """`status` for an event loop."""
-        with own_errors():
-            status: FleetStatus = await self._manager.status.remote()
-        return status
-
-    def set_budget(self, budget_w: float) -> BudgetChange:
+    @_blocking
+    def set_budget(self, budget_w: float) -> Awaitable[BudgetChange]:
         """Set the fleet's budget, W at node level. Returns when every cap is in force.
 
         Ends a schedule or a followed signal. Raises `InfeasibleBudget` with the watts needed where even the lowest caps
         draw more; nothing changes then.
         """
-        with own_errors():
-            change: BudgetChange = ray.get(self._manager.set_budget.remote(budget_w))
-        return change
+        return self._ask("set_budget", budget_w)
 
-    async def set_budget_async(self, budget_w: float) -> BudgetChange:
-        """`set_budget` for an event loop."""
-        with own_errors():
-            change: BudgetChange = await self._manager.set_budget.remote(budget_w)
-        return change
-
-    def schedule_budget(self, schedule: Schedule | str | Path | Mapping[str, Any]) -> BudgetSource:
+    @_blocking
+    def schedule_budget(self, schedule: Schedule | str | Path | Mapping[str, Any]) -> Awaitable[BudgetSource]:
         """Have a schedule move the budget until the next `set_budget`: a file, or the content of one (docs/budgets.md).
 
         Returns when what it asks for now is in force. Raises `ConfigError` naming what cannot be used.
         """
-        return self._move(scheduled(schedule))
+        return self._ask("move_budget", scheduled(schedule))
 
-    async def schedule_budget_async(self, schedule: Schedule | str | Path | Mapping[str, Any]) -> BudgetSource:
-        """`schedule_budget` for an event loop."""
-        return await self._move_async(scheduled(schedule))
-
+    @_blocking
     def follow_signal(
         self, signal: str | Path | Signal, *, base_w: float, range_w: float, ceiling_w: float
-    ) -> BudgetSource:
+    ) -> Awaitable[BudgetSource]:
         """Have the fleet's draw follow `base_w + range_w * signal`, W, from now until the next `set_budget`.
 
         The signal lies in [-1, 1], or names a CSV file of one (docs/budgets.md). The budget never passes the ceiling.
         Returns when what the signal asks for now is in force. Raises `ConfigError` naming what cannot be used.
         """
-        return self._move(followed(_read(signal), base_w=base_w, range_w=range_w, ceiling_w=ceiling_w))
+        values = signal if isinstance(signal, Signal) else load_signal(signal)
+        plan = followed(values, base_w=base_w, range_w=range_w, ceiling_w=ceiling_w)
+        return self._ask("move_budget", plan)
 
-    async def follow_signal_async(
-        self, signal: str | Path | Signal, *, base_w: float, range_w: float, ceiling_w: float
-    ) -> BudgetSource:
-        """`follow_signal` for an event loop."""
-        return await self._move_async(followed(_read(signal), base_w=base_w, range_w=range_w, ceiling_w=ceiling_w))
-
-    def set_target(self, model: str, **changes: float | None) -> Target:
+    @_blocking
+    def set_target(self, model: str, **changes: float | None) -> Awaitable[Target]:
         """Change what is wanted of a model: fields of `Target` by name, None for no limit; the rest stays as it is.
 
         Returns the whole target. Raises `ConfigError` naming the value, or the models that there are.
         """
-        with own_errors():
-            target: Target = ray.get(self._manager.set_target.remote(model, changes))
-        return target
+        return self._ask("set_target", model, changes)
 
-    async def set_target_async(self, model: str, **changes: float | None) -> Target:
-        """`set_target` for an event loop."""
-        with own_errors():
-            target: Target = await self._manager.set_target.remote(model, changes)
-        return target
+    status_async = _async_twin(status)
+    set_budget_async = _async_twin(set_budget)
+    schedule_budget_async = _async_twin(schedule_budget)
+    follow_signal_async = _async_twin(follow_signal)
+    set_target_async = _async_twin(set_target)
 
     def policies(self) -> tuple[PolicyInfo, ...]:
         """Every policy of ours, and the one in use."""
@@ -137,19 +148,9 @@ class Fleet:
         """`policies` for an event loop."""
         return list_policies((await self.status_async()).policy)
 
-    def _move(self, plan: BudgetPlan) -> BudgetSource:
-        with own_errors():
-            source: BudgetSource = ray.get(self._manager.move_budget.remote(plan))
-        return source
-
-    async def _move_async(self, plan: BudgetPlan) -> BudgetSource:
-        with own_errors():
-            source: BudgetSource = await self._manager.move_budget.remote(plan)
-        return source
-
     def stop(self) -> None:
         """Delete our Serve applications, wait for their engines, restore every limit and end the manager."""
-        from pals_ray.runtime.stop import stop_fleet  # Ray Serve, which nobody else here needs
+        from pals_ray.runtime.stop import stop_fleet  # imports Ray Serve, which nothing else here needs
 
         with own_errors():
             stop_fleet(self._manager)
@@ -162,10 +163,6 @@ def scheduled(schedule: Schedule | str | Path | Mapping[str, Any]) -> ScheduledB
     if isinstance(schedule, str | Path):
         return ScheduledBudget(load_schedule(schedule).entries)
     return ScheduledBudget(parse_schedule(dict(schedule), "the schedule").entries)
-
-
-def _read(signal: str | Path | Signal) -> Signal:
-    return signal if isinstance(signal, Signal) else load_signal(signal)
 
 
 def connect(address: str = "auto") -> Fleet:
@@ -186,17 +183,15 @@ def connect(address: str = "auto") -> Fleet:
 
 
 def _join(address: str) -> None:
-    def join() -> None:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
-
+    join = partial(ray.init, address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     try:
         join()
-    except ConnectionAbortedError:  # a head under load may fail to start Ray's server for this client: once in some 20
+    except ConnectionAbortedError:  # under load the head fails to start Ray's server for a client once in some 20 times
         join()
 
 
 def _refuse_unreachable(address: str) -> None:
-    """Knock before `ray.init` does, which keeps trying an address where nobody listens for minutes."""
+    """Try the address first: `ray.init` would go on trying for minutes where nobody listens. Raises `NotRunning`."""
     named = os.environ.get("RAY_ADDRESS") if address == "auto" else address
     host, _, port = ((read_ray_address() if named in {None, "auto"} else named) or "").rpartition(":")
     if not host or "//" in host or not port.isdigit():
@@ -211,7 +206,7 @@ def _refuse_unreachable(address: str) -> None:
 
 
 def connect_from_actor() -> Fleet:
-    """The same inside a process that belongs to the cluster already."""
+    """A handle on the fleet, inside a process that belongs to the cluster already. Raises `NotRunning`."""
     fleet = Fleet()
     _ = fleet._manager
     return fleet

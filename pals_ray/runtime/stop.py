@@ -13,7 +13,7 @@ from ray.serve.exceptions import RayServeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pals_ray.errors import PalsError
-from pals_ray.runtime.node.node_file import is_stopping, order_stop
+from pals_ray.runtime.node.enrolment import is_stopping, order_stop
 
 STOP_DEADLINE_S = 60.0
 MANAGER_DEADLINE_S = 10.0

@@ -19,7 +19,7 @@ from types import TracebackType
 
 import numpy as np
 
-from pals_ray.gpus.base import GpuDriverMissingError
+from pals_ray.gpus.gpu_protocol import GpuDriverMissingError
 from pals_ray.gpus.virtual import VirtualDriver, VirtualGpu
 from tests.hosts.slow_link import go_before_all
 from tests.support.fleets import SHARED_MEMORY

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from deployments.application import DEFAULT_CONFIG, EXAMPLES, build
-from pals_ray.config.fleet import ConfigError
 from pals_ray.config.policy_path import UnknownPolicy
+from pals_ray.config.reader import ConfigError
 from tests.support import fleets
 
 # Building asks Ray for its runtime environment, and would start a cluster where there is none.

@@ -9,7 +9,8 @@ import ray
 
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.processes import is_alive
-from pals_ray.runtime.node.node_file import guardian_log, read_state
+from pals_ray.runtime.node.enrolment import guardian_log
+from pals_ray.runtime.node.node_file import read_state
 from pals_ray.runtime.stop import StopError, stop_fleet
 from tests.support import fleets
 from tests.support.fleets import wait_for

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from pals_ray.cli import main
-from pals_ray.config.fleet import ConfigError
+from pals_ray.config.reader import ConfigError
 from pals_ray.control.budget.regulation import Signal
 from pals_ray.runtime.manager.storage import read_state
 from pals_ray.runtime.messages import MANAGER_NAME, NAMESPACE

@@ -21,8 +21,9 @@ from pals_ray.processes import ProcessId, identify, is_alive
 from pals_ray.runtime.actors import ensure_agent, ensure_manager
 from pals_ray.runtime.client import Fleet
 from pals_ray.runtime.messages import MANAGER_NAME, NAMESPACE, AgentSpec, agent_name
+from pals_ray.runtime.node.enrolment import order_stop
 from pals_ray.runtime.node.hardware import HardwareSpec
-from pals_ray.runtime.node.node_file import order_stop, read_state, state_path
+from pals_ray.runtime.node.node_file import read_state, state_path
 from pals_ray.types import FleetStatus, ReplicaStatus
 from tests.support.fleets import SHARED_MEMORY, actor_processes, wait_for
 

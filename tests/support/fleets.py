@@ -17,7 +17,7 @@ import httpx
 import psutil
 import ray
 
-from pals_ray.gpus.base import Gpu
+from pals_ray.gpus.gpu_protocol import Gpu
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.runtime.node.node_file import node_key
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from pals_ray.control.messages import NodeGpu
-from pals_ray.gpus.base import Gpu, GpuDriver, GpuError, GpuLostError, GpuUnsupportedError
+from pals_ray.gpus.gpu_protocol import Gpu, GpuDriver, GpuError, GpuLostError, GpuUnsupportedError
 from pals_ray.types import GpuState
 
 T = TypeVar("T")

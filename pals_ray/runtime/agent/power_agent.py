@@ -25,7 +25,8 @@ from pals_ray.errors import NotConfigured, PalsError
 from pals_ray.runtime.agent.gpu_access import DrawMeter, GpuAccess, Sample
 from pals_ray.runtime.agent.replica_watch import when_gone
 from pals_ray.runtime.messages import AgentSpec, Measurement
-from pals_ray.runtime.node.node_file import enrol, find_raylet, is_ours, keep_guardian, kill_engines, visible_gpus
+from pals_ray.runtime.node.enrolment import enrol, keep_guardian
+from pals_ray.runtime.node.ownership import find_raylet, is_ours, kill_engines, visible_gpus
 from pals_ray.types import Grant
 
 GUARDIAN_S = 2.0

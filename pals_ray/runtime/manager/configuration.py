@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pals_ray.config.fleet import ConfigError, FleetConfig, TargetConfig, explain
+from pals_ray.config.fleet import FleetConfig, TargetConfig
 from pals_ray.config.policy_path import load_policy
+from pals_ray.config.reader import ConfigError, explain
 from pals_ray.control.allocation.replica_parking import ReplicaParking
 from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.manager.deployment import DeployedModel, Deployment

@@ -25,7 +25,7 @@ from pals_ray.control.manager.over_budget import OverBudget
 from pals_ray.control.manager.slo_accounts import SloAccounts
 from pals_ray.control.messages import AgentReport, Answer, Beat, ParkOrder, Registration
 from pals_ray.errors import InfeasibleBudget
-from pals_ray.gpus.base import permission_help
+from pals_ray.gpus.gpu_protocol import permission_help
 from pals_ray.models.lookup import LoadedModel
 from pals_ray.runtime.manager.agent_replacement import AgentReplacer
 from pals_ray.runtime.manager.budget_changes import BudgetChanges

@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pals_ray.config.fleet import ConfigError, FleetConfig, ModelConfig
+from pals_ray.config.fleet import FleetConfig, ModelConfig
+from pals_ray.config.reader import ConfigError
 from pals_ray.errors import PalsError
 from pals_ray.models.lookup import LoadedModel, tabulated
 from pals_ray.models.physics.constants import provenance_of

@@ -15,9 +15,10 @@ from dataclasses import replace
 
 from pals_ray.engine.control_block import block_path, live_engines, sweep
 from pals_ray.errors import PalsError
-from pals_ray.gpus.base import GpuDriver, GpuError, GpuLostError, GpuUnsupportedError
+from pals_ray.gpus.gpu_protocol import GpuDriver, GpuError, GpuLostError, GpuUnsupportedError
 from pals_ray.processes import identify, is_alive
-from pals_ray.runtime.node.node_file import NodeState, kill_engines, node_blocks, read_state, update_state
+from pals_ray.runtime.node.node_file import SHARED_MEMORY, NodeState, read_state, update_state
+from pals_ray.runtime.node.ownership import kill_engines
 
 BEAT_S = 0.5
 #: How long to wait after an attempt that failed.
@@ -70,7 +71,7 @@ def _sweep_blocks(key: str) -> None:
     """Remove control blocks; a replica may take a moment longer to go than its engine and agent."""
     until_s = time.monotonic() + SWEEP_S
     sweep(key)
-    while node_blocks(key) and time.monotonic() < until_s:
+    while any(SHARED_MEMORY.glob(f"pals-{key}-*")) and time.monotonic() < until_s:
         time.sleep(BEAT_S)
         sweep(key)
 

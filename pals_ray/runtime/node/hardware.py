@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pals_ray.gpus.base import GpuDriver
-from pals_ray.gpus.drivers import HardwareKind, open_driver
+from pals_ray.gpus.driver_choice import HardwareKind, open_driver
+from pals_ray.gpus.gpu_protocol import GpuDriver
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ import yaml
 from typer.testing import CliRunner
 
 from pals_ray.cli.main import app
-from pals_ray.config.fleet import ConfigError, OverheadConfig
+from pals_ray.config.fleet import OverheadConfig
+from pals_ray.config.reader import ConfigError
 
 
 @pytest.fixture

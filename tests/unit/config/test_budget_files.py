@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pals_ray.config.budget_files import load_node_samples, load_schedule, load_signal, parse_schedule
-from pals_ray.config.fleet import ConfigError
+from pals_ray.config.reader import ConfigError
 from pals_ray.control.budget.overhead_fit import NodeSample, fit_overhead
 from pals_ray.control.budget.schedule import budget_at
 

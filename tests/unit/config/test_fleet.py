@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pals_ray.config.fleet import ConfigError, load_fleet_config, parse_fleet_config
+from pals_ray.config.fleet import load_fleet_config, parse_fleet_config
+from pals_ray.config.reader import ConfigError
 
 EXAMPLES = Path(__file__).parents[3] / "deployments" / "examples"
 DEFAULT_CONFIG, H100_CONFIG = EXAMPLES / "tiny.yaml", EXAMPLES / "h100.yaml"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from pals_ray.config.fleet import ConfigError
 from pals_ray.config.operator_requests import FollowRequest, followed
+from pals_ray.config.reader import ConfigError
 from pals_ray.control.budget.regulation import Signal
 
 WATTS = {"base_w": 1000, "range_w": 150, "ceiling_w": 1200}

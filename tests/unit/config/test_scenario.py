@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from pals_ray.config.fleet import ConfigError
+from pals_ray.config.reader import ConfigError
 from pals_ray.config.scenario import SHIPPED, find_scenario, load_scenario
 from pals_ray.config.trace_files import load_trace
 

@@ -7,7 +7,7 @@ import pytest
 
 from pals_ray.engine import hook_checks
 from pals_ray.engine.control_block import ControlBlock
-from pals_ray.engine.ordered_batch_limit import SchedulerHook
+from pals_ray.engine.scheduler_hook import SchedulerHook
 
 OURS = EntryPoint("pals_ray", "pals_ray.engine.stat_logger:PowerStatLogger", "vllm.stat_logger_plugins")
 

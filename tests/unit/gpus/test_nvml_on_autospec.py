@@ -10,7 +10,7 @@ import pynvml
 import pytest
 
 import pals_ray.gpus.nvml as nvml_module
-from pals_ray.gpus.base import (
+from pals_ray.gpus.gpu_protocol import (
     GpuDriverMissingError,
     GpuError,
     GpuLostError,

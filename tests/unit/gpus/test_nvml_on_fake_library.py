@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pals_ray.gpus.base import (
+from pals_ray.gpus.gpu_protocol import (
     GpuDriverMissingError,
     GpuError,
     GpuLostError,

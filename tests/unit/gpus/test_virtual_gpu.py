@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 import pals_ray.gpus.virtual_block as virtual_block
-from pals_ray.gpus.base import (
+from pals_ray.gpus.gpu_protocol import (
     GpuDriverMissingError,
     GpuError,
     GpuLostError,
@@ -21,7 +21,7 @@ from pals_ray.gpus.base import (
     GpuRangeError,
 )
 from pals_ray.gpus.virtual import NoFreeGpuError, VirtualDriver, VirtualGpu, effective_caps_w
-from pals_ray.gpus.virtual_block import block_path, lock_path
+from pals_ray.gpus.virtual_block import gpu_block_path, lock_path
 from pals_ray.models.physics.step_cost import settled_cap_w
 from pals_ray.models.specs import GPUS, UnknownSpecError
 from pals_ray.processes import identify
@@ -95,15 +95,15 @@ def test_attaching_needs_gpus_that_are_there(node_key: str) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"short", bytes(4096)])
 def test_a_damaged_block_is_refused(node_key: str, content: bytes) -> None:
-    block_path(node_key).write_bytes(content)
+    gpu_block_path(node_key).write_bytes(content)
     with pytest.raises(GpuError, match="make clean"):
         VirtualDriver.attach(node_key)
 
 
 def test_a_truncated_block_is_refused(driver: VirtualDriver, node_key: str) -> None:
-    whole = block_path(node_key).read_bytes()
-    block_path(node_key).unlink()
-    block_path(node_key).write_bytes(whole[:-8])
+    whole = gpu_block_path(node_key).read_bytes()
+    gpu_block_path(node_key).unlink()
+    gpu_block_path(node_key).write_bytes(whole[:-8])
     with pytest.raises(GpuError, match="damaged"):
         VirtualDriver.attach(node_key)
 
@@ -119,7 +119,7 @@ def test_an_unknown_product_and_an_empty_node_are_refused(node_key: str) -> None
         VirtualDriver.open(node_key, "TPU", 1)
     with pytest.raises(GpuError, match="at least 1"):
         VirtualDriver.open(node_key, "B200", 0)
-    assert not block_path(node_key).exists()
+    assert not gpu_block_path(node_key).exists()
 
 
 def test_a_lock_that_is_never_free_is_an_error_with_the_file(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pals_ray.gpus.base import GpuError
+from pals_ray.gpus.gpu_protocol import GpuError
 from pals_ray.gpus.virtual import NoFreeGpuError, VirtualDriver
 from pals_ray.gpus.virtual_block import remove_block
 from pals_ray.models.specs import GPUS

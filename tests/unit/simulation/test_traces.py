@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pals_ray.config.fleet import ConfigError
+from pals_ray.config.reader import ConfigError
 from pals_ray.config.trace_files import MissingTrace, load_trace
 from pals_ray.simulation.traces import (
     Trace,

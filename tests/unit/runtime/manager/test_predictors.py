@@ -2,7 +2,8 @@
 
 import pytest
 
-from pals_ray.config.fleet import ConfigError, parse_fleet_config
+from pals_ray.config.fleet import parse_fleet_config
+from pals_ray.config.reader import ConfigError
 from pals_ray.models.physics.roofline import RooflineModel
 from pals_ray.models.physics.step_cost import GroupPhysics
 from pals_ray.models.profile import Profile, ProfileError, ProfileSample

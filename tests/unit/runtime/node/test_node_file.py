@@ -3,6 +3,7 @@ import signal
 import subprocess
 import threading
 import uuid
+from dataclasses import replace
 
 import pytest
 
@@ -10,22 +11,12 @@ from pals_ray.engine.control_block import BLOCK_VARIABLE, ControlBlock, block_pa
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.gpus.virtual_block import remove_block
 from pals_ray.processes import identify
-from pals_ray.runtime.node import guardian
+from pals_ray.runtime.node import enrolment, guardian
 from pals_ray.runtime.node import node_file as node
+from pals_ray.runtime.node.enrolment import enrol, order_stop
 from pals_ray.runtime.node.hardware import HardwareSpec
-from pals_ray.runtime.node.node_file import (
-    GuardianError,
-    NodeState,
-    enrol,
-    is_ours,
-    kill_engines,
-    node_key,
-    order_stop,
-    read_state,
-    state_path,
-    update_state,
-    visible_gpus,
-)
+from pals_ray.runtime.node.node_file import GuardianError, NodeState, node_key, read_state, state_path, update_state
+from pals_ray.runtime.node.ownership import is_ours, kill_engines, visible_gpus
 
 HARDWARE = HardwareSpec("virtual", "A100-SXM", 2)
 FOUND_W = [350.0, 250.5]
@@ -65,7 +56,7 @@ def processes():
 @pytest.fixture
 def no_guardian(monkeypatch):
     """This process stands for the guardian that would be started."""
-    monkeypatch.setattr(node, "_start_guardian", lambda key: update_state(key, guardian._enter))
+    monkeypatch.setattr(enrolment, "_start_guardian", lambda key: update_state(key, guardian._enter))
 
 
 def _look(gpus):
@@ -99,7 +90,7 @@ def test_changes_at_once_all_count(key):
     update_state(key, lambda _: NodeState(key, HARDWARE, identify()))
 
     def add(name):
-        update_state(key, lambda s: node.replace(s, found_limit_w={**s.found_limit_w, name: 1.0}))
+        update_state(key, lambda s: replace(s, found_limit_w={**s.found_limit_w, name: 1.0}))
 
     threads = [threading.Thread(target=add, args=(f"GPU-{i}",)) for i in range(20)]
     for thread in threads:
@@ -145,7 +136,7 @@ def test_the_first_agent_notes_the_limits_found_and_a_later_one_takes_no_cap_of_
 def test_while_another_agent_lives_nobody_tries_whether_its_limits_may_be_set(key, gpus, no_guardian, processes):
     other = identify(processes().pid)
     _enrol(key, gpus, identify())
-    update_state(key, lambda s: node.replace(s, agents=(other,)))
+    update_state(key, lambda s: replace(s, agents=(other,)))
     orders = [gpu._cap.version() for gpu in gpus]
     state = _enrol(key, gpus, identify())
     assert [gpu._cap.version() for gpu in gpus] == orders
@@ -157,7 +148,7 @@ def test_permission_is_asked_anew_where_the_agents_before_are_dead(key, gpus, no
     gone = processes()
     dead = identify(gone.pid)
     _end(gone)
-    update_state(key, lambda s: node.replace(s, agents=(dead,)))
+    update_state(key, lambda s: replace(s, agents=(dead,)))
     gpus[1].permitted = False
     assert list(_enrol(key, gpus, identify()).may_set.values()) == [True, False]
 
@@ -170,7 +161,7 @@ def test_an_agent_waits_for_a_stop_under_way_and_says_so_where_it_does_not_end(k
 
 
 def test_a_guardian_that_does_not_start_is_an_error_that_names_its_log(key, gpus, monkeypatch):
-    monkeypatch.setattr(node.sys, "executable", "/bin/false")
+    monkeypatch.setattr(enrolment.sys, "executable", "/bin/false")
     with pytest.raises(GuardianError, match=f"pals-guardian-{key}"):
         _enrol(key, gpus, identify())
 
@@ -190,7 +181,7 @@ class TestGuardian:
         """A node whose GPUs are capped, with an agent, and this process as its guardian."""
         _enrol(key, gpus, identify(raylet.pid))
         self.agent = processes()
-        update_state(key, lambda s: node.replace(s, agents=(identify(self.agent.pid),)))
+        update_state(key, lambda s: replace(s, agents=(identify(self.agent.pid),)))
         for gpu in gpus:
             gpu.set_limit_w(100)
         return read_state(key)
@@ -283,7 +274,7 @@ class TestGuardian:
         assert _found(read_state(key)) == FOUND_W
 
     def test_another_guardian_in_the_file_ends_this_one(self, key, gpus, state, processes):
-        update_state(key, lambda s: node.replace(s, guardian=identify(processes().pid)))
+        update_state(key, lambda s: replace(s, guardian=identify(processes().pid)))
         guardian.watch(key)
         assert self._limits_w(gpus) == [100, 100]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import pals_ray
-from pals_ray.gpus.base import GpuDriverMissingError, GpuError
-from pals_ray.gpus.drivers import choose_kind, open_driver
+from pals_ray.gpus.driver_choice import choose_kind, open_driver
+from pals_ray.gpus.gpu_protocol import GpuDriverMissingError, GpuError
 from pals_ray.gpus.nvml import NvmlDriver
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.types import Provenance
@@ -67,7 +67,7 @@ def test_the_hardware_seam_stays_light_and_apart_from_ray_and_vllm() -> None:
         "import sys, types\n"
         "package = sys.modules['pals_ray'] = types.ModuleType('pals_ray')\n"
         f"package.__path__ = [{str(Path(pals_ray.__file__).parent)!r}]\n"
-        "import pals_ray.gpus.drivers\n"
+        "import pals_ray.gpus.driver_choice\n"
         "heavy = {'ray', 'vllm', 'torch', 'scipy', 'pandas'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pals_ray.gpus.base import GpuDriver, GpuDriverMissingError
+from pals_ray.gpus.gpu_protocol import GpuDriver, GpuDriverMissingError
 from pals_ray.gpus.nvml import NvmlDriver
 from pals_ray.gpus.virtual import VirtualDriver
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pals_ray.engine.control_block import ControlBlock
-from pals_ray.engine.ordered_batch_limit import SchedulerHook
+from pals_ray.engine.scheduler_hook import SchedulerHook
 
 MAX_BATCH = 16
 
