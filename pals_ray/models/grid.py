@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pals_ray.models.power_model import FloatArray, PowerModel, Prediction
 
 _CAPS = 121
-_FIELDS = (
-    "throughput_tokens_per_s",
-    "power_w",
-    "itl_p50_s",
-    "itl_p99_s",
-    "ttft_p50_s",
-    "ttft_p99_s",
-    "throughput_rel_std",
-    "power_rel_std",
-)
+# All of a prediction but whether the cap is honoured, which is no number.
+_FIELDS = tuple(field.name for field in fields(Prediction) if field.name != "honours_cap")
 
 
 class GridModel:

@@ -34,11 +34,7 @@ def fit_surface(
     that were not measured. Raises `SampleError` where the table cannot carry a fit.
     """
     check_enough(table)
-    return tabulate(Posterior(table, model), latency_prior)
-
-
-def tabulate(posterior: Posterior, latency_prior: PowerModel | None = None) -> SurfaceModel:
-    """The lookup table of a fit."""
+    posterior = Posterior(table, model)
     table = posterior.table
     caps = _with(
         table.cap_w, np.geomspace(table.cap_w.min() * _CAP_REACH[0], table.cap_w.max() * _CAP_REACH[1], _CAP_KNOTS)
