@@ -51,8 +51,8 @@ _SPREAD = {name: spread for name, (_, spread) in _PRIOR.items() if spread is not
 _FITTED = tuple(_SPREAD)
 _CAP_LAW = ("clock_exponent", "active_power", "busy_power", "occupancy_power", "compute_power", "fabric_knee")
 _POWER_LAW = (*(name for name in _FITTED if name.endswith("_power")), "fabric_knee", "clock_exponent")
-# A GPU type's own deviation from the common constants, as a share of the spread: hosts and kernels are alike, chips are
-# not, so powers may differ as far as they may lie from the start.
+# How far a GPU type may deviate from the common constants, as a share of the spread: less for constants of hosts and
+# kernels, which are alike everywhere, and the whole spread for powers, since chips differ.
 _DEVIATION = np.array([1.0 if name.endswith("_power") else 0.4 for name in _FITTED])
 _ITERATIONS = 10
 _STEP = 1e-3
@@ -109,7 +109,7 @@ def b200_capped(constants: SiliconConstants) -> FloatArray:
 
 
 def _robust(standardised: FloatArray) -> FloatArray:
-    """Pseudo-Huber: squares near zero, magnitudes far out."""
+    """Pseudo-Huber loss as a residual: squares near zero, magnitudes far out."""
     return np.asarray(np.sign(standardised) * np.sqrt(2.0 * (np.sqrt(1.0 + standardised**2) - 1.0)))
 
 
@@ -120,7 +120,7 @@ def _moved(start: SiliconConstants, names: Sequence[str], x: FloatArray) -> Sili
 
 
 def _cap_residuals(gpu: str, c: SiliconConstants) -> FloatArray:
-    """Few points against hundreds, but direct ones of the cap's law: their tolerance gives them about as much say."""
+    """Errors on capped measurements: few against hundreds, so tight tolerances give them about as much weight."""
     if gpu == "H100-SXM":
         clocks, share = h100_capped(c)
         by_clock = np.log(clocks / np.array(H100_CLOCKS_MHZ)) / np.array([0.06, *[0.01] * 5])
@@ -129,7 +129,7 @@ def _cap_residuals(gpu: str, c: SiliconConstants) -> FloatArray:
 
 
 def _residuals(gpu: str, curves: Sequence[Curve]) -> Callable[[SiliconConstants], FloatArray]:
-    # The constants are for families nobody has seen yet: each family counts alike, however many rows it has.
+    # The constants must suit families not seen yet, so each family weighs the same, however many rows it has.
     points = {f: sum(len(c.batch) for c in curves if c.family == f) for f in {c.family for c in curves}}
     mean_points = sum(points.values()) / max(len(points), 1)
     weight = np.concatenate(
@@ -184,7 +184,7 @@ def fit_serving(curves: Sequence[Curve]) -> dict[str, SiliconConstants]:
 
 
 def fit_cap_law(gpu: str, serving: SiliconConstants) -> SiliconConstants:
-    """What only capped measurements tell, fitted to them alone while decode's natural draw stays as it was."""
+    """Fits the constants of the cap law to the capped measurements alone, keeping the natural draw of decode."""
 
     def natural(c: SiliconConstants) -> FloatArray:
         physics = GroupPhysics(find_gpu(gpu), find_model("Llama-3.1-8B"), Parallelism(), c)
@@ -210,7 +210,7 @@ def _gauss_newton(f: Callable[[FloatArray], FloatArray], size: int) -> FloatArra
     return x
 
 
-#: What stands in for GridPilot's kernels on the virtual V100: a long prompt, and decoding a small batch.
+#: The steps of the virtual V100 compared to GridPilot's kernels: a long prompt, and decoding a small batch.
 V100_COMPUTE = StepWork(prefill_tokens=8192, prefill_context_tokens=512)
 V100_MEMORY = StepWork(decode_seqs=8, kv_tokens=8 * 512)
 
@@ -229,7 +229,7 @@ def fit_v100(serving: SiliconConstants, e1: Mapping[str, Sequence[tuple[float, f
             parts.append(np.log(steps[:, 1] / points[:, 1]) / 0.03)
             rate = np.log(1.0 / steps[:, 0] / points[:, 2])
             parts.append((rate - rate.mean()) / 0.03)
-        # A part of another generation: the power law may lie further from H100's than the spread.
+        # V100 is of another generation, so its power law may deviate from H100's by four times the spread.
         return np.concatenate([*parts, x / 4.0])
 
     return _moved(serving, _POWER_LAW, _gauss_newton(f, len(_POWER_LAW)))

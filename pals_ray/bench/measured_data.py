@@ -1,4 +1,4 @@
-"""Other people's measurements (`../shared/data`, see its README), as tables that models are fitted to and judged on."""
+"""Reads published measurements (`../shared/data`, see its README) into tables to fit and test models on."""
 
 from __future__ import annotations
 
