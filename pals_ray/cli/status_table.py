@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pals_ray.plots.tables import table
 from pals_ray.types import BudgetSource, FleetStatus, Latency, ReplicaStatus, Target
 
 
@@ -95,11 +96,9 @@ def _replica(replica: ReplicaStatus) -> Text:
 
 def _qos(status: FleetStatus) -> Table:
     """Violations (intervals of 5 s) and misses since the manager started, each model's and each priority class's."""
-    table = Table(box=SIMPLE, pad_edge=False)
-    for header in ("QoS", "violations", "by tokens/s", "TTFT", "ITL", "requests late", "tokens late", "last interval"):
-        table.add_column(header, justify="left" if header in {"QoS", "last interval"} else "right", overflow="fold")
-    for row in (*status.qos, *status.qos_by_priority):
-        table.add_row(
+    headers = ("QoS", "violations", "by tokens/s", "TTFT", "ITL", "requests late", "tokens late", "last interval")
+    rows = (
+        (
             row.model or f"all of priority {row.priority}",
             f"{row.violations} of {row.intervals} ({_number(row.violation_share, '.1%')})",
             str(row.throughput_violations),
@@ -109,21 +108,23 @@ def _qos(status: FleetStatus) -> Table:
             _number(row.itl_miss_share, ".1%"),
             row.latest,
         )
-    return table
+        for row in (*status.qos, *status.qos_by_priority)
+    )
+    return table(headers, rows, left=("QoS", "last interval"), fold=True, box=SIMPLE, pad_edge=False)
 
 
 def _gpus(status: FleetStatus) -> Table:
-    table = Table(box=SIMPLE, pad_edge=False)
-    for header in ("GPU", "limit W", "draw W", "held by"):
-        table.add_column(header, justify="right" if header.endswith("W") else "left", overflow="fold")
-    for gpu in status.gpus:
-        table.add_row(
+    rows = (
+        (
             f"{gpu.uuid} ({gpu.product})",
             f"{gpu.limit_w:.0f}{'' if gpu.enforceable else ' not ours to set'}",
             f"{gpu.power_w:.0f}",
             gpu.replica_id or "parked",
         )
-    return table
+        for gpu in status.gpus
+    )
+    headers = ("GPU", "limit W", "draw W", "held by")
+    return table(headers, rows, left=("GPU", "held by"), fold=True, box=SIMPLE, pad_edge=False)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from pals_ray.control.replica.latency_feedback import TailFactors
 from pals_ray.models.power_model import PowerModel
 from pals_ray.types import ReplicaTelemetry, Target
 
@@ -28,11 +27,24 @@ class Overhead:
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """A part of the fleet (rack, circuit) with a budget of its own, W. `parent` is None right below the fleet."""
+    """A part of the fleet (rack, circuit) with a budget of its own, W. `parent` is None right below the fleet.
+
+    Nodes whose `label` has this `value` are in it, unless a domain inside it has them; without a label none is.
+    """
 
     name: str
     budget_w: float
     parent: str | None = None
+    label: str | None = None
+    value: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TailFactors:
+    """What to multiply predicted p99 latencies of busy moments with, so that plans within the limits keep them."""
+
+    itl: float = 1.0
+    ttft: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

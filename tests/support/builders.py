@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pals_ray.control.ledger.charge import ChargeTerms
+from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.snapshot import Domain, FleetSnapshot, Overhead, ReplicaSnapshot
 from pals_ray.models.power_model import Prediction
 from pals_ray.types import Grant

@@ -8,9 +8,8 @@ import numpy as np
 
 from pals_ray.control.replica.batch_choice import best_batch, implied_batch, pinned_column, served_share
 from pals_ray.control.replica.demand_feedback import demand_with_queue_tokens_per_s
-from pals_ray.control.replica.latency_feedback import TailFactors
 from pals_ray.control.replica.prediction import BUSY_SIGMAS, Surface, latency_score
-from pals_ray.control.snapshot import ReplicaSnapshot
+from pals_ray.control.snapshot import ReplicaSnapshot, TailFactors
 from pals_ray.models.power_model import FloatArray
 
 #: A grant is at most the natural draw x (1 + HEADROOM); a replica whose cap binds there may ask for STEP of its range.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pals_ray.control.ledger.charge import EPS_W
+from pals_ray.control.charge import EPS_W
 from pals_ray.control.ledger.reservations import Node, Replica, Reservations, domain_name
 from pals_ray.control.snapshot import Share
 

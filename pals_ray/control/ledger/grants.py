@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pals_ray.control.ledger.charge import EPS_W
+from pals_ray.control.charge import EPS_W
 from pals_ray.control.ledger.feasible_charges import WantedCharge
 from pals_ray.control.ledger.reservations import SAME_LIMIT_W, Replica, Reservations, readings_w
 from pals_ray.control.messages import AgentReport

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from pals_ray.control.ledger.charge import ChargeTerms
+from pals_ray.control.charge import ChargeTerms
 from pals_ray.types import Grant
 
 

@@ -30,8 +30,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+from pals_ray.control.charge import EPS_W
 from pals_ray.control.ledger import feasible_charges, membership, saved_state
-from pals_ray.control.ledger.charge import EPS_W
 from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.ledger.gpu_parking import GpuParking, is_order_due
 from pals_ray.control.ledger.grants import GrantIssuer

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from pals_ray.control.charge import EPS_W, ChargeTerms
 from pals_ray.control.ledger import feasible_charges
-from pals_ray.control.ledger.charge import EPS_W, ChargeTerms
 from pals_ray.control.ledger.feasible_charges import LedgerConfig, why_fixed
 from pals_ray.control.ledger.reservations import Reservations, domain_name
 from pals_ray.control.messages import InForce, NodeView, ReplicaView

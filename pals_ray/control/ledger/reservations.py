@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from pals_ray.control.ledger.charge import EPS_W, ChargeTerms, group_terms
+from pals_ray.control.charge import EPS_W, ChargeTerms, group_terms
 from pals_ray.control.messages import LedgerError, ManagedGpu, NodeInfo, ParkOrder
 from pals_ray.control.snapshot import Domain
 from pals_ray.types import Grant

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pals_ray.control.ledger.charge import ChargeTerms
+from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.latency_feedback import TailState
 from pals_ray.control.replica.throughput_feedback import Gains, PidState
 from pals_ray.control.telemetry import RATE_S

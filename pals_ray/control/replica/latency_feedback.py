@@ -57,14 +57,6 @@ class TailState:
         return math.exp(self.log_factor)
 
 
-@dataclass(frozen=True, slots=True)
-class TailFactors:
-    """What to multiply predicted p99 latencies of busy moments with, so that plans within the limits keep them."""
-
-    itl: float = 1.0
-    ttft: float = 1.0
-
-
 def update_tail(
     state: TailState,
     measured_s: float | None,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pals_ray.control.ledger.charge import ChargeTerms
+from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
-from pals_ray.control.replica.latency_feedback import TailFactors
 from pals_ray.control.replica.operating_point import DEFAULTS, decide
+from pals_ray.control.snapshot import TailFactors
 from pals_ray.control.telemetry import LATENCY_S, RATE_S, TelemetryWindow
 from pals_ray.models.correction import CorrectedModel, Correction, Observation
 from pals_ray.models.power_model import PowerModel

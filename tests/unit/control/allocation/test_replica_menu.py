@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from pals_ray.control.allocation.replica_menu import HEADROOM, replica_menu
 from pals_ray.control.replica.batch_choice import best_batch, served_share
 from pals_ray.control.replica.demand_feedback import demand_with_queue_tokens_per_s
-from pals_ray.control.replica.latency_feedback import TailFactors
 from pals_ray.control.replica.prediction import latency_score, predict_range
-from pals_ray.control.snapshot import Overhead
+from pals_ray.control.snapshot import Overhead, TailFactors
 from pals_ray.types import ReplicaTelemetry, Target
 from tests.support.builders import StubModel, replica_snapshot
 
