@@ -53,7 +53,7 @@ KINDS: dict[str, Curve] = {"noisy concave": noisy_concave, "cliff": cliff, "clip
 
 
 def make_menus(curve: Curve, n: int, rng: np.random.Generator) -> MenuTable:
-    """MenuTable of `POINTS` points at uneven watts, for replicas on one to eight GPUs of ranges of 200 to 800 W."""
+    """Menus of `POINTS` points at uneven watts, for replicas on one to eight GPUs of ranges of 200 to 800 W."""
     gpu_range_w = rng.choice([200.0, 300.0, 500.0, 800.0], (n, 1)) * rng.uniform(0.8, 1.0, (n, 1))
     range_w = np.round(rng.choice([1, 2, 4, 8], (n, 1)) * gpu_range_w)
     extra_w = np.sort(np.round(rng.uniform(0, 1, (n, POINTS)) * range_w), axis=1)

@@ -1,4 +1,4 @@
-"""Following a signal: the draw wanted now, and the budget that makes the fleet draw it, under a hard ceiling."""
+"""Following a signal: the draw wanted now, and the budget, under a hard ceiling, that makes the fleet draw it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pals_ray.control.budget.schedule import at_least
 
-#: A fleet that leaves more than this share of its budget uncharged cannot draw more: a larger budget changes nothing.
+#: A fleet that leaves more than this share of its budget uncharged would not draw more under a larger budget.
 UNUSED_SHARE = 0.02
 
 

@@ -21,6 +21,8 @@ the limits in force. Then `Commands` are sent: cuts and raises to their agents, 
 On each GPU of a replica the ledger reserves the highest of the limit last read there and the caps of all grants that
 its agent may still act on, which are those not yet superseded by one that it has confirmed. Silence changes nothing. A
 lost node keeps its charge until someone who knows says that it is gone, or until a new node shows the same GPUs.
+
+The module is longer than others because it is the ledger's whole interface; the parts beside it do the work.
 """
 
 from __future__ import annotations

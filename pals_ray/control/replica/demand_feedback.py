@@ -37,7 +37,7 @@ def apply_feedback(
     itl = update_tail(state.itl, telemetry.itl.recent_p99_s, itl_s if busy else None, dt_s, **windows)
 
     queue = state.queue_since_s is not None and seen.now_s - state.queue_since_s >= config.gains.persist_s
-    point = state.point
+    limit = state.point.batch_limit if state.point is not None else 0
     pid, need = pid_step(
         state.pid,
         _throughput_error(state, seen, config) if queue else None,
@@ -46,9 +46,7 @@ def apply_feedback(
         config.gains,
         at_most=here == len(raw.cap_w) - 1,
         at_least=here == 0,
-        spare=telemetry.waiting == 0
-        and point is not None
-        and telemetry.running < config.spare_share * point.batch_limit,
+        spare=telemetry.waiting == 0 and telemetry.running < config.spare_share * limit,
     )
     on = replace(
         raw,
@@ -63,9 +61,8 @@ def apply_feedback(
     arriving = max(telemetry.throughput_tokens_per_s, modelled)
     # After a jump many prompts are still being computed, at a cap chosen for fewer, and show in no throughput yet.
     before = state.fast_demand_tokens_per_s
-    jumps = (
-        before is not None and telemetry.running >= config.jump_min_running and arriving > config.jump_factor * before
-    )
+    many = telemetry.running >= config.jump_min_running
+    jumps = many and before is not None and arriving > config.jump_factor * before
     jumped_s = seen.now_s if jumps else state.jumped_s
     lag_s = config.demand_s if jumped_s is None or seen.now_s - jumped_s >= config.demand_s else config.fast_demand_s
     fast = _toward(before, arriving, dt_s, config.fast_demand_s)
@@ -88,7 +85,7 @@ def apply_feedback(
         jumped_s=jumped_s,
         predicted_tokens_per_s=_toward(state.predicted_tokens_per_s, predicted, dt_s, config.fast_demand_s),
     )
-    nearly_full = point is not None and telemetry.running >= config.nearly_full_share * point.batch_limit
+    nearly_full = limit > 0 and telemetry.running >= config.nearly_full_share * limit
     demand = max(slow, fast) if queue or nearly_full else slow
     if queue or (telemetry.waiting > 0 and not busy):
         demand = demand_with_queue_tokens_per_s(demand, telemetry, on)

@@ -111,12 +111,8 @@ def _advanced(state: ControllerState, seen: Situation, config: ControllerConfig)
 
 def _planned(target: Target, share: float) -> Target:
     """The target with the latency limits to plan for, which are a little tighter."""
-    ttft_s, itl_s = target.ttft_p99_s, target.itl_p99_s
-    return replace(
-        target,
-        ttft_p99_s=None if ttft_s is None else share * ttft_s,
-        itl_p99_s=None if itl_s is None else share * itl_s,
-    )
+    ttft_s, itl_s = (limit_s and share * limit_s for limit_s in (target.ttft_p99_s, target.itl_p99_s))
+    return replace(target, ttft_p99_s=ttft_s, itl_p99_s=itl_s)
 
 
 def _slowest_itl_s(seen: Situation, wanted: float, factor: float) -> float:

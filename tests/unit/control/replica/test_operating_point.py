@@ -7,18 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.batch_choice import graph_sizes, snap
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
 from pals_ray.control.replica.operating_point import decide
 from pals_ray.control.replica.throughput_feedback import Gains, PidState, pid_step
 from pals_ray.control.slo import late_count
-from pals_ray.control.snapshot import Overhead
 from pals_ray.types import Latency, OperatingPoint, ReplicaTelemetry, Target
+from tests.support.builders import charge_terms
 
 from .plant import Decode, make_loop
 
-TERMS = ChargeTerms(Overhead(), 8, 100.0, 400.0, (0.0,))
+TERMS = charge_terms()
 
 
 def situation(**changes):
