@@ -9,8 +9,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, vstack
 
 from pals_ray.control.allocation.budget_tree import BudgetTree
-from pals_ray.control.allocation.fleet_division import best_shares
-from pals_ray.control.allocation.menu_table import Division, Menus
+from pals_ray.control.allocation.menu_table import Division, MenuTable
+from pals_ray.control.allocation.policy_shares import best_shares
 from pals_ray.control.snapshot import FleetSnapshot, Share
 from pals_ray.errors import PalsError
 from pals_ray.models.power_model import PowerModel
@@ -24,7 +24,7 @@ def allocate(snapshot: FleetSnapshot, models: Mapping[str, PowerModel]) -> dict[
     return best_shares(snapshot, models, solver=solve, keep_present=False)
 
 
-def solve(menus: Menus, tree: BudgetTree) -> Division:
+def solve(menus: MenuTable, tree: BudgetTree) -> Division:
     """The optimum of one class, a binary variable for each point. Raises `PalsError` where the solver gives up."""
     n, p = menus.value.shape
     replica, column = np.repeat(np.arange(n), p), np.arange(n * p)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pals_ray.control.allocation.fleet_division import best_shares
+from pals_ray.control.allocation.policy_shares import best_shares
 from pals_ray.control.snapshot import FleetSnapshot, Share
 from pals_ray.models.power_model import PowerModel
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pals_ray.control.allocation.allocator import divide
+from pals_ray.control.allocation.budget_division import divide
 from pals_ray.control.allocation.budget_tree import BudgetTree, FloatArray, IntArray
-from pals_ray.control.allocation.menu_table import Menus
+from pals_ray.control.allocation.menu_table import MenuTable
 from pals_ray.plots.tables import Report, table
 from policies import exact
 
@@ -52,17 +52,17 @@ def _saturating(share: FloatArray, rng: np.random.Generator) -> FloatArray:
 KINDS: dict[str, Curve] = {"noisy concave": noisy_concave, "cliff": cliff, "clipped at a target": clipped}
 
 
-def make_menus(curve: Curve, n: int, rng: np.random.Generator) -> Menus:
-    """Menus of `POINTS` points at uneven watts, for replicas on one to eight GPUs of ranges of 200 to 800 W."""
+def make_menus(curve: Curve, n: int, rng: np.random.Generator) -> MenuTable:
+    """MenuTable of `POINTS` points at uneven watts, for replicas on one to eight GPUs of ranges of 200 to 800 W."""
     gpu_range_w = rng.choice([200.0, 300.0, 500.0, 800.0], (n, 1)) * rng.uniform(0.8, 1.0, (n, 1))
     range_w = np.round(rng.choice([1, 2, 4, 8], (n, 1)) * gpu_range_w)
     extra_w = np.sort(np.round(rng.uniform(0, 1, (n, POINTS)) * range_w), axis=1)
     extra_w[:, 0], extra_w[:, -1:] = 0.0, range_w
     weight = rng.uniform(0.5, 2.0, (n, 1))
-    return Menus(extra_w, weight * curve(extra_w / range_w, rng) - 1e-6 * extra_w)
+    return MenuTable(extra_w, weight * curve(extra_w / range_w, rng) - 1e-6 * extra_w)
 
 
-def make_tree(menus: Menus, parent: IntArray, shares: FloatArray, rng: np.random.Generator) -> BudgetTree:
+def make_tree(menus: MenuTable, parent: IntArray, shares: FloatArray, rng: np.random.Generator) -> BudgetTree:
     """Replicas spread over the leaf domains at random; each budget a share of the range below it."""
     leaves = np.setdiff1d(np.arange(len(parent)), parent)
     names = tuple(f"domain {v}" for v in range(len(parent)))
@@ -85,7 +85,7 @@ class Timing:
 
 
 def _time(
-    kind: str, instances: Iterable[tuple[Menus, BudgetTree]], best: Callable[[Menus, BudgetTree], float] | None
+    kind: str, instances: Iterable[tuple[MenuTable, BudgetTree]], best: Callable[[MenuTable, BudgetTree], float] | None
 ) -> Timing:
     """Divide each instance; its gap is to the optimum that `best` finds, or to the dual bound without one."""
     rows = []

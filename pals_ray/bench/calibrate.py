@@ -1,4 +1,4 @@
-"""Fits `pals_ray.models.physics.silicon_table` to public data: `python -m pals_ray.bench.calibrate DATA_FOLDER`.
+"""Fits `silicon_constants.json` to public data: `python -m pals_ray.bench.calibrate DATA_FOLDER`.
 
 H100 and B200 are fitted together on the ML.ENERGY file (constants common to both, and a deviation each), with what
 FACTS says of capped GPUs; V100 takes H100's serving constants and its power law from GridPilot's E1.
@@ -330,19 +330,13 @@ def calibrate(data: Path) -> tuple[dict[str, SiliconConstants], dict[str, str]]:
 
 
 def render(table: Mapping[str, SiliconConstants], provenance: Mapping[str, str]) -> str:
-    """The source text of `silicon_table.py`."""
-    lines = [
-        '"""Fitted constants per GPU type. Written by `python -m pals_ray.bench.calibrate`; do not edit."""',
-        "",
-        "TABLE: dict[str, dict[str, float]] = {",
+    """The text of `silicon_constants.json`."""
+    rows = [
+        {"gpu": name, "provenance": provenance[name]}
+        | {key: float(f"{value:.4g}") for key, value in asdict(constants).items()}
+        for name, constants in table.items()
     ]
-    for name, constants in table.items():
-        lines.append(f'    "{name}": {{')
-        lines.extend(f'        "{key}": {value:.4g},' for key, value in asdict(constants).items())
-        lines.append("    },")
-    lines += ["}", "", "PROVENANCE: dict[str, str] = {"]
-    lines.extend(f'    "{name}": "{text}",' for name, text in provenance.items())
-    return "\n".join([*lines, "}", ""])
+    return json.dumps(rows, indent=2) + "\n"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -350,7 +344,7 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) != 2:
         sys.stderr.write("usage: python -m pals_ray.bench.calibrate DATA_FOLDER\n")
         return 2
-    target = Path(__file__).parents[1] / "models" / "physics" / "silicon_table.py"
+    target = Path(__file__).parents[1] / "models" / "data" / "silicon_constants.json"
     target.write_text(render(*calibrate(Path(argv[1]))))
     return 0
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from pals_ray.models.physics.roofline import Workload
 from pals_ray.plots.tables import Report, table
-from pals_ray.simulation.run import simulate
 from pals_ray.simulation.setting import ConstantBudget, Requests, SimFleet, SimModel, SimNode, SimSetting
+from pals_ray.simulation.simulate import simulate
 from policies import pals
 
 #: (GPUs, simulated s) and the most that may take, s.

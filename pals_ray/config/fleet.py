@@ -53,7 +53,7 @@ class DomainConfig(_Strict):
     value: str | None = None
 
     def domain(self) -> Domain:
-        return Domain(self.name, self.budget_w, self.parent)
+        return Domain(self.name, self.budget_w, self.parent, self.label, self.value)
 
 
 class VirtualNode(_Strict):

@@ -1,15 +1,17 @@
-"""What agents and ledger tell one another: frozen values, picklable, safe to lose, repeat, delay and reorder."""
+"""What agents and manager tell one another: frozen values, picklable, safe to lose, repeat, delay and reorder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from pals_ray.control.ledger.charge import ChargeTerms
-from pals_ray.control.replica.latency_feedback import TailFactors
-from pals_ray.control.snapshot import Overhead, ReplicaSnapshot
+from pals_ray.control.charge import ChargeTerms
+from pals_ray.control.slo import Tally
+from pals_ray.control.snapshot import Overhead, ReplicaCharges, ReplicaSnapshot, TailFactors
 from pals_ray.errors import PalsError
-from pals_ray.types import Grant, ReplicaTelemetry, Target
+from pals_ray.models.correction import Correction
+from pals_ray.models.lookup import LoadedModel
+from pals_ray.types import Expected, GpuInfo, Grant, ReplicaTelemetry, Target
 
 
 class LedgerError(PalsError):
@@ -65,6 +67,33 @@ class NodeInfo:
     domain: str | None = None
     overhead: Overhead = field(default_factory=Overhead)
     unmanaged: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSpec:
+    """What the manager knows a replica by. `gpus` and `max_batch` are what it has claimed so far: nothing at first."""
+
+    replica_id: str
+    model: str
+    num_gpus: int
+    node_id: str
+    node_labels: tuple[tuple[str, str], ...] = ()
+    gpus: tuple[str, ...] = ()
+    max_batch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeGpu:
+    """One GPU of a node as an agent found it. W.
+
+    `limit_w` is in force, `may_set`: we may set it (known once the node is enrolled), `holders`: pids with a context.
+    """
+
+    info: GpuInfo
+    limit_w: float
+    floor_w: float
+    may_set: bool
+    holders: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +194,7 @@ class InForce:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaView:
+class ReplicaView(ReplicaCharges):
     """One replica in the ledger, for snapshots and status. W at node level, limits per GPU.
 
     `charge_w` is what the limits last read occupy, `reserved_w` that or more: whatever its agent may still act on.
@@ -173,18 +202,7 @@ class ReplicaView:
     `most_charge_w` are both `reserved_w` then. `confirmed` means that its present grant is in force on all its GPUs.
     """
 
-    replica_id: str
-    node_id: str
-    domain: str | None
     uuids: tuple[str, ...]
-    num_gpus: int
-    node_gpus: int
-    min_limit_w: float
-    max_limit_w: float
-    least_charge_w: float
-    most_charge_w: float
-    grant_w: float
-    charge_w: float
     reserved_w: float
     overhead: Overhead
     confirmed: bool
@@ -204,19 +222,10 @@ class ReplicaView:
         tails: TailFactors,
     ) -> ReplicaSnapshot:
         """The replica as a policy sees it: these books, with what its agent and its model's target say."""
+        shared = {part.name: getattr(self, part.name) for part in fields(ReplicaCharges)}
         return ReplicaSnapshot(
-            replica_id=self.replica_id,
+            **shared,
             model=model,
-            node_id=self.node_id,
-            domain=self.domain,
-            num_gpus=self.num_gpus,
-            node_gpus=self.node_gpus,
-            min_limit_w=self.min_limit_w,
-            max_limit_w=self.max_limit_w,
-            least_charge_w=self.least_charge_w,
-            most_charge_w=self.most_charge_w,
-            grant_w=self.grant_w,
-            charge_w=self.charge_w,
             max_batch=max_batch,
             overhead=self.overhead,
             target=target,
@@ -266,3 +275,55 @@ class NodeMemo:
     node: NodeInfo
     joined: bool
     replicas: tuple[ReplicaMemo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A hello with what the manager cannot know: who the replica is, and its node's GPUs (the unmanaged by UUID)."""
+
+    spec: ReplicaSpec
+    hello: Hello
+    managed: tuple[NodeGpu, ...]
+    unmanaged: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """An agent's word once a second: what is in force (for the ledger), what it sees and does (for policy and status).
+
+    `power_w` holds the mean draw since the beat before of every managed GPU that this agent reads: its own, and the
+    parked ones it keeps. `natural_draw_w` is the group's, measured or predicted. `expected` is what the point in force
+    was chosen on, `correction` what telemetry says of the model, `tails` what of its latencies, `tally` what QoS is
+    judged by (None before its engine runs).
+    """
+
+    report: AgentReport
+    telemetry: ReplicaTelemetry
+    power_w: Mapping[str, float]
+    unmanaged_w: float
+    cap_w: float | None
+    batch_limit: int | None
+    reason: str
+    natural_draw_w: float | None
+    errors: Mapping[str, str]
+    demand_tokens_per_s: float | None = None
+    expected: Expected | None = None
+    correction: Correction = field(default_factory=Correction)
+    tails: TailFactors = field(default_factory=TailFactors)
+    tally: Tally | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The manager's answer to whatever an agent says.
+
+    `fail_safe_w` is the cap to go to when a lease ends, W; None for the device's lowest. `target` is the model's, with
+    this replica's part of its tokens/s; `serving` is how many replicas the model has. `model` comes with the answer to
+    a hello alone (None there: nothing predicts the replica).
+    """
+
+    reply: Reply
+    fail_safe_w: float | None
+    target: Target = field(default_factory=Target)
+    serving: int = 1
+    model: LoadedModel | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from pals_ray.control.replica.latency_feedback import TailFactors
 from pals_ray.models.power_model import PowerModel
 from pals_ray.types import ReplicaTelemetry, Target
 
@@ -28,25 +27,35 @@ class Overhead:
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """A part of the fleet (rack, circuit) with a budget of its own, W. `parent` is None right below the fleet."""
+    """A part of the fleet (rack, circuit) with a budget of its own, W. `parent` is None right below the fleet.
+
+    Nodes whose `label` has this `value` are in it, unless a domain inside it has them; without a label none is.
+    """
 
     name: str
     budget_w: float
     parent: str | None = None
+    label: str | None = None
+    value: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaSnapshot:
-    """One replica as the manager knows it when it decides.
+class TailFactors:
+    """What to multiply predicted p99 latencies of busy moments with, so that plans within the limits keep them."""
 
-    `least_charge_w` and `most_charge_w` are its charge with every GPU at the device's lowest and highest limit (the
-    clock floor's draw included). `natural_draw_w` is GPU watts of the whole group at its present batch if nothing
-    capped it, measured or predicted; None before anything is known. `demand_tokens_per_s` is what arrives for it,
-    `tails` what its agent makes of predicted latencies.
+    itl: float = 1.0
+    ttft: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaCharges:
+    """What the ledger says of one replica, W at node level, limits per GPU.
+
+    `least_charge_w` and `most_charge_w` are its charge with every GPU at the device's lowest and highest limit, the
+    clock floor's draw included, or what is reserved for it where it cannot be moved.
     """
 
     replica_id: str
-    model: str
     node_id: str
     domain: str | None
     num_gpus: int
@@ -57,6 +66,19 @@ class ReplicaSnapshot:
     most_charge_w: float
     grant_w: float
     charge_w: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSnapshot(ReplicaCharges):
+    """One replica as the manager knows it when it decides.
+
+    `least_charge_w` and `most_charge_w` are its charge with every GPU at the device's lowest and highest limit (the
+    clock floor's draw included). `natural_draw_w` is GPU watts of the whole group at its present batch if nothing
+    capped it, measured or predicted; None before anything is known. `demand_tokens_per_s` is what arrives for it,
+    `tails` what its agent makes of predicted latencies.
+    """
+
+    model: str
     max_batch: int
     overhead: Overhead = field(default_factory=Overhead)
     target: Target = field(default_factory=Target)

@@ -11,7 +11,7 @@ import numpy as np
 
 from pals_ray.evaluation.cases import WARM_UP_S
 from pals_ray.evaluation.runs import CaseRuns, Run
-from pals_ray.simulation.figures import (
+from pals_ray.simulation.results.figures import (
     Estimate,
     estimate,
     estimates,
@@ -20,7 +20,7 @@ from pals_ray.simulation.figures import (
     model_figures,
     violations_by_priority,
 )
-from pals_ray.simulation.result import RunResult
+from pals_ray.simulation.results.run_result import RunResult
 
 #: Points of a time series that a picture needs.
 SERIES_POINTS = 600

@@ -24,11 +24,11 @@ from pals_ray.evaluation.cases import (
 )
 from pals_ray.evaluation.simulated_profile import full_tokens_per_s, profiled, prompt_share, roofline
 from pals_ray.models.specs import find_gpu
-from pals_ray.simulation.figures import Figures, counts_as_gain, figures, model_figures, regulation_figures
 from pals_ray.simulation.oracle import Limits, candidates
-from pals_ray.simulation.result import RunResult
-from pals_ray.simulation.run import simulate
+from pals_ray.simulation.results.figures import Figures, counts_as_gain, figures, model_figures, regulation_figures
+from pals_ray.simulation.results.run_result import RunResult
 from pals_ray.simulation.setting import Budget, ConstantBudget, FollowedSignal, Requests, SimFleet, SimSetting
+from pals_ray.simulation.simulate import simulate
 from pals_ray.simulation.traces import Trace
 from pals_ray.types import OperatingPoint
 from policies import uniform

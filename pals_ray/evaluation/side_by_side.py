@@ -183,7 +183,7 @@ def simulated(setting: SimSetting, stage: Stage, traces: Traces, looks_s: Sequen
     found: list[Readings] = []
     for look_s in looks_s:
         run.events.at(LEAD_S + look_s, lambda now_s: found.append(_readings(run, now_s)))
-    run.result()
+    run.to_the_end()
     return found
 
 

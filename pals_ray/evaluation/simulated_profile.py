@@ -14,8 +14,8 @@ from pals_ray.models.grid import GridModel
 from pals_ray.models.physics.roofline import RooflineModel
 from pals_ray.models.power_model import PowerModel
 from pals_ray.models.specs import find_gpu, find_model
-from pals_ray.simulation.run import simulate
 from pals_ray.simulation.setting import ConstantBudget, SimFleet, SimModel, SimNode, SimSetting
+from pals_ray.simulation.simulate import simulate
 from pals_ray.simulation.traces import Trace
 from pals_ray.types import OperatingPoint, Target
 from policies import uniform

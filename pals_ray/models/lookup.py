@@ -89,7 +89,7 @@ class LoadedModel:
     """What predicts a replica, and where that comes from, for an operator to read."""
 
     source: str
-    surface: SurfaceModel
+    surface: PowerModel
 
 
 def _place(knots: FloatArray, at: FloatArray) -> tuple[np.ndarray[tuple[int], np.dtype[np.intp]], FloatArray]:

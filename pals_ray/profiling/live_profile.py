@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pals_ray.control.manager.measurement import MeasurementSubject
 from pals_ray.models.fitting.accuracy import errors_of
 from pals_ray.models.lookup import SurfaceModel
 from pals_ray.models.physics.roofline import RooflineModel, known_prior
@@ -23,7 +24,6 @@ from pals_ray.profiling.load import ClosedLoop, RequestShape, in_full_swing
 from pals_ray.profiling.measure import NotSteady, held, measure
 from pals_ray.profiling.run import begin_or_resume, drawn_points, grid_of, measure_all, write_profile
 from pals_ray.profiling.steady import SteadyRule
-from pals_ray.runtime.manager.measuring import MeasurementSubject
 from pals_ray.types import OperatingPoint
 
 

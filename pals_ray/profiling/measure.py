@@ -13,13 +13,13 @@ import ray
 from ray.exceptions import RayActorError
 
 from pals_ray.control.allocation.measurement_holds import HoldRefused
+from pals_ray.control.manager.measurement import MeasurementSubject
 from pals_ray.control.telemetry import Reading, between
 from pals_ray.errors import PalsError
 from pals_ray.models.profile import ProfileSample
 from pals_ray.profiling.load import ClosedLoop, loaded
 from pals_ray.profiling.steady import SteadyRule, Window, first_tokens, steady_window
 from pals_ray.runtime.client import own_errors
-from pals_ray.runtime.manager.measuring import MeasurementSubject
 from pals_ray.runtime.messages import MANAGER_NAME, NAMESPACE, Measurement, agent_name
 from pals_ray.types import OperatingPoint
 

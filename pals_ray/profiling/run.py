@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pals_ray.control.replica.batch_sizes import graph_sizes
+from pals_ray.control.replica.batch_choice import graph_sizes
 from pals_ray.errors import PalsError
 from pals_ray.models.fitting.next_point import next_point
 from pals_ray.models.power_model import FloatArray

@@ -1,4 +1,7 @@
-"""Finding our actors by name, and making them where they are missing. Each makes the other, hence the late imports."""
+"""Finding our actors by name, and making them where they are missing.
+
+Agent and manager make one another: each is given the function that does.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pals_ray.runtime.agent.power_agent import PowerAgent
+from pals_ray.runtime.manager.power_manager import GlobalPowerManager
 from pals_ray.runtime.messages import MANAGER_NAME, NAMESPACE, AgentSpec, agent_name
 
 NICENESS = 0
@@ -49,8 +54,6 @@ async def ensure_manager(storage_path: str) -> Any:
 
 
 def _find_or_make_manager(storage_path: str) -> Any:
-    from pals_ray.runtime.manager.power_manager import GlobalPowerManager
-
     try:
         return ray.get_actor(MANAGER_NAME, namespace=NAMESPACE)
     except ValueError:
@@ -67,7 +70,7 @@ def _find_or_make_manager(storage_path: str) -> Any:
             enable_task_events=False,
             runtime_env=_LIGHT,
         )
-        return options.remote(storage_path)
+        return options.remote(storage_path, ensure_agent)
 
 
 async def ensure_agent(spec: AgentSpec) -> Any:
@@ -78,8 +81,6 @@ async def ensure_agent(spec: AgentSpec) -> Any:
 
 
 def _find_or_make_agent(spec: AgentSpec) -> Any:
-    from pals_ray.runtime.agent.power_agent import PowerAgent
-
     options = ray.remote(PowerAgent).options(
         name=agent_name(spec.replica_id),
         namespace=NAMESPACE,
@@ -92,4 +93,4 @@ def _find_or_make_agent(spec: AgentSpec) -> Any:
         runtime_env=_LIGHT,
         scheduling_strategy=NodeAffinitySchedulingStrategy(spec.node_id, soft=False),
     )
-    return options.remote(spec)
+    return options.remote(spec, ensure_manager)

@@ -37,7 +37,7 @@ class Mail:
     """Messages between manager and agents, delayed and lost as the setting says."""
 
     def __init__(self, events: Events, messages: Messages, rng: random.Random) -> None:
-        self._events = events
+        self.events = events
         self._messages = messages
         self._rng = rng
 
@@ -46,4 +46,4 @@ class Mail:
         m = self._messages
         if m.lost and self._rng.random() < m.lost:
             return
-        self._events.at(now_s + m.delay_s + m.jitter_s * self._rng.random(), receive)
+        self.events.at(now_s + m.delay_s + m.jitter_s * self._rng.random(), receive)

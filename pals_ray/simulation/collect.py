@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from pals_ray.simulation.engine.energy_meter import METER_S
 from pals_ray.simulation.fleet import Placed
-from pals_ray.simulation.result import FloatArray, ModelResult, ReplicaResult, RunResult
+from pals_ray.simulation.results.run_result import FloatArray, ModelResult, ReplicaResult, RunResult
+from pals_ray.simulation.run import Run
 from pals_ray.simulation.setting import FollowedSignal
-
-if TYPE_CHECKING:
-    from pals_ray.simulation.run import Run
 
 
 def collect(run: Run) -> RunResult:
@@ -47,8 +43,8 @@ def collect(run: Run) -> RunResult:
         stranded_w=float(np.maximum(np.array(charge_w) - node_w, 0.0).mean()) if len(time_s) else 0.0,
         cuts=run.budgets.cuts,
         grants=sum(manager.grants for manager in run.managers),
-        divisions=sum(manager.divisions for manager in run.managers),
-        notes=tuple(filter(None, [run.source.note, *(note for m in run.managers for note in m.notes)])),
+        divisions=sum(manager.core.divisions for manager in run.managers),
+        notes=tuple(filter(None, [run.source.note, *(note for m in run.managers for note in m.core.notes)])),
     )
 
 

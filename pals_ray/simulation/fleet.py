@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pals_ray.control.ledger.charge import ChargeTerms, group_terms
-from pals_ray.control.messages import ManagedGpu, NodeInfo
+from pals_ray.control.charge import ChargeTerms, group_terms
+from pals_ray.control.messages import ManagedGpu, NodeInfo, ReplicaSpec
 from pals_ray.models.physics.step_cost import die_factor
 from pals_ray.models.physics.stepper import GroupStepper
 from pals_ray.models.specs import find_gpu
@@ -30,6 +30,18 @@ class Placed:
     uuids: tuple[str, ...]
     terms: ChargeTerms
     engine: Engine
+
+    @property
+    def spec(self) -> ReplicaSpec:
+        """What the manager knows it by."""
+        return ReplicaSpec(
+            replica_id=self.replica_id,
+            model=self.model.name,
+            num_gpus=len(self.uuids),
+            node_id=self.node.name,
+            gpus=self.uuids,
+            max_batch=self.engine.max_batch,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pals_ray.control.replica.batch_sizes import graph_sizes
+from pals_ray.control.replica.batch_choice import graph_sizes
 from pals_ray.control.snapshot import Overhead
 from pals_ray.models.physics.roofline import RooflineModel
 from pals_ray.types import OperatingPoint

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from math import inf
 
 import numpy as np
 
-from pals_ray.control.messages import Hello
+from pals_ray.control.agent.agent_core import BEAT_S
+from pals_ray.control.manager.fleet_record import FleetRecord
+from pals_ray.control.manager.silent_agents import SILENT_S
+from pals_ray.control.messages import Beat, Hello
 from pals_ray.models.grid import GridModel
+from pals_ray.models.lookup import LoadedModel
 from pals_ray.models.physics.roofline import RooflineModel
 from pals_ray.models.power_model import PowerModel
 from pals_ray.models.specs import find_gpu
-from pals_ray.simulation.agent import BEAT_S, Agent, Beat
+from pals_ray.simulation.agent import Agent
 from pals_ray.simulation.budget import BudgetSource
 from pals_ray.simulation.clock import Events, Mail
-from pals_ray.simulation.collect import collect
 from pals_ray.simulation.fleet import Fleet, Placed, build
 from pals_ray.simulation.manager import Manager
-from pals_ray.simulation.record import QOS_LOOK_S, BudgetRecord, ModelQos, Samples
-from pals_ray.simulation.result import RunResult
+from pals_ray.simulation.recorder import QOS_LOOK_S, BudgetRecord, ModelQos, Samples
 from pals_ray.simulation.setting import (
     AgentSilent,
     Failure,
@@ -33,21 +36,12 @@ from pals_ray.simulation.setting import (
     SimulationError,
 )
 
-#: A node that no agent of has been heard for so long is looked after, s (as in `runtime/manager/agent_replacement.py`).
-_SILENT_S = 3.0
 #: Requests are turned into Python numbers so many at a time.
 _CHUNK = 100_000
 
 #: When a request comes, who takes it, and its index.
 _Route = tuple[float, Callable[[int, float], None], int]
 _NEVER: _Route = (inf, lambda _request, _now_s: None, -1)
-
-
-def simulate(setting: SimSetting, requests: Offered) -> RunResult:
-    """Run the fleet for `setting.duration_s` under these requests; the same input gives the same result to the last
-    digit. Raises `SimulationError` for a fleet that cannot be, `InfeasibleBudget` for a budget under its lowest caps.
-    """
-    return Run(setting, requests).result()
 
 
 class Run:
@@ -77,14 +71,15 @@ class Run:
         self.budgets = BudgetRecord(
             self.source.budget_w, setting.fleet.reserve_w, sum(map(self.fleet.parked_charge_w, setting.fleet.nodes))
         )
+        self.source.moved = self.budgets.budget
         self.agents: dict[str, Agent] = {}
         self.managers: list[Manager] = []
         self.died_s: dict[str, float] = {}
         self._mail = Mail(self.events, setting.messages, random.Random(f"mail {setting.seed}"))
         self._routes = _merged(self.fleet, requests)
 
-    def result(self) -> RunResult:
-        """Run to the end."""
+    def to_the_end(self) -> None:
+        """Run for the setting's duration."""
         setting = self.setting
         for placed in self.fleet.placed:
             self._charge(placed, 0.0)
@@ -99,7 +94,6 @@ class Run:
             placed.engine.read(setting.duration_s)
             placed.engine.settle()
         self.budgets.finish(setting.duration_s)
-        return collect(self)
 
     def _until(self, end_s: float) -> None:
         events, routes = self.events, self._routes
@@ -121,56 +115,30 @@ class Run:
         """Manager and agents. All caps are at their lowest; the first grants are in force within 0.1 s."""
         setting = self.setting
         phases = random.Random(f"beats {setting.seed}")
-        beliefs = {model.name: _belief(model, setting.fleet.time_scale) for model in setting.fleet.models}
+        beliefs = {
+            model.name: LoadedModel(model.name, _belief(model, setting.fleet.time_scale))
+            for model in setting.fleet.models
+        }
         for placed in self.fleet.placed:
-            agent = Agent(
-                placed.replica_id,
-                placed.node.name,
-                placed.uuids,
-                placed.engine,
-                placed.model,
-                beliefs[placed.model.name],
-                setting,
-                self.events,
-            )
-            agent.send_beat = self._send_beat
-            agent.send_hello = self._send_hello
-            agent.cap_moved = partial(self._charge, placed)
+            moved = partial(self._charge, placed)
+            agent = Agent(placed, beliefs[placed.model.name], setting, self.events, self._say, moved)
             self.agents[placed.replica_id] = agent
             self.events.at(BEAT_S * phases.random(), agent.beat)
-        self._beliefs = beliefs
         manager = self._new_manager(0.0)
-        for info in self.fleet.nodes.values():
-            manager.add_node(info, 0.0)
-        for agent in self.agents.values():
-            manager.register(agent, 0.0)
+        manager.start(self.fleet.nodes.values(), 0.0)
         self.events.at(0.0, manager.run)
 
     def _new_manager(self, now_s: float) -> Manager:
-        before = self.managers[-1] if self.managers else None
-        manager = Manager(
-            self.setting,
-            self.events,
-            self._mail,
-            self.source,
-            epoch=len(self.managers) + 1,
-            now_s=now_s,
-            known=before.ledger.memo() if before else (),
-        )
-        manager.budget_moved = self.budgets.budget
-        for placed in self.fleet.placed:
-            agent = self.agents[placed.replica_id]
-            manager.join(agent, placed.model.target, self._beliefs[placed.model.name])
+        before = self.managers[-1].core.record if self.managers else FleetRecord()
+        record = replace(before, epoch=before.epoch + 1)
+        manager = Manager(self.setting, self._mail, self.source, self.agents, record, now_s)
         self.managers.append(manager)
         return manager
 
     # -- what goes on ----------------------------------------------------------------------------------------------
 
-    def _send_beat(self, beat: Beat, now_s: float) -> None:
-        self._mail.send(now_s, lambda at_s: self.managers[-1].beat(beat, at_s))
-
-    def _send_hello(self, hello: Hello, now_s: float) -> None:
-        self._mail.send(now_s, lambda at_s: self.managers[-1].hello(hello, at_s))
+    def _say(self, said: Hello | Beat, now_s: float) -> None:
+        self._mail.send(now_s, lambda at_s: self.managers[-1].hear(said, at_s))
 
     def _charge(self, placed: Placed, now_s: float) -> None:
         self.budgets.charge(placed.replica_id, placed.terms.charge_w(placed.engine.cap.ordered_w), now_s)
@@ -207,7 +175,7 @@ class Run:
             self.events.at(failure.at_s, partial(self._kill, failure))
 
     def _silence(self, replica_id: str, silent: bool, _now_s: float) -> None:
-        if replica_id in self.agents and self.agents[replica_id].node_id not in self.died_s:
+        if replica_id in self.agents and self.agents[replica_id].spec.node_id not in self.died_s:
             self.agents[replica_id].silent = silent
 
     def _lose_manager(self, _now_s: float) -> None:
@@ -223,10 +191,11 @@ class Run:
         for placed in self.fleet.placed:
             if placed.node.name == death.node:
                 if placed.replica_id in self.agents:
-                    self.agents[placed.replica_id].die()
+                    agent = self.agents[placed.replica_id]
+                    agent.silent = agent.dead = True
                 self.fleet.routers[placed.model.name].lose(placed.engine, now_s)
         if self.managers:
-            self.events.at(now_s + _SILENT_S, lambda at_s: self.managers[-1].node_lost(death.node, at_s))
+            self.events.at(now_s + SILENT_S, lambda _: self.managers[-1].core.node_lost(death.node))
 
 
 def _belief(model: SimModel, time_scale: float) -> PowerModel:

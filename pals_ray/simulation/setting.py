@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from pals_ray.control.budget.regulation import Signal
 from pals_ray.control.budget.schedule import Schedule
 from pals_ray.control.budget.signal_following import Following
+from pals_ray.control.ledger.feasible_charges import LedgerConfig
+from pals_ray.control.manager.deployment import DeployedModel, Deployment
 from pals_ray.control.replica.controller_state import ControllerConfig
 from pals_ray.control.snapshot import Domain, Overhead, Policy
 from pals_ray.errors import PalsError
@@ -205,6 +207,19 @@ class SimSetting:
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     lease_s: float = 5.0
     fail_safe_cap_w: float | None = None
+
+    @property
+    def deployment(self) -> Deployment:
+        """What the manager takes it for."""
+        return Deployment(
+            budget_w=0.0,  # what the budget is says `pals_ray.simulation.budget`
+            policy_name=getattr(self.policy, "__module__", "policy"),
+            policy=self.policy,
+            models={model.name: DeployedModel(model.target) for model in self.fleet.models},
+            ledger=LedgerConfig(reserve_w=self.fleet.reserve_w, lease_s=self.lease_s),
+            domains=self.fleet.domains,
+            fail_safe_cap_w=self.fail_safe_cap_w,
+        )
 
 
 @dataclass(frozen=True, eq=False, slots=True)

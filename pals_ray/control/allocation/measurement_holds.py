@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pals_ray.control.allocation.budget_tree import BudgetTree
-from pals_ray.control.ledger.charge import EPS_W
+from pals_ray.control.charge import EPS_W
 from pals_ray.control.snapshot import FleetSnapshot, ReplicaSnapshot, Share
 from pals_ray.errors import PalsError
 from pals_ray.types import OperatingPoint

@@ -1,4 +1,4 @@
-"""Menus of (watts, value) and what it takes to compare divisions of them."""
+"""MenuTable of (watts, value) and what it takes to compare divisions of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CACHED_POINTS = 25_600
 
 
 @dataclass(frozen=True, slots=True)
-class Menus:
+class MenuTable:
     """What n replicas offer: p points each, by watts above the replica's least charge.
 
     `extra_w` (n, p) is whole watts of the node, rising along a row from 0; `value` (n, p). A shorter menu repeats its
@@ -45,9 +45,9 @@ class Menus:
                 net.argmax(axis=1, out=best[part, k])
         return best
 
-    def rows(self, chosen: IntArray) -> Menus:
+    def rows(self, chosen: IntArray) -> MenuTable:
         """The menus of some replicas."""
-        return Menus(self.extra_w[chosen], self.value[chosen])
+        return MenuTable(self.extra_w[chosen], self.value[chosen])
 
 
 @dataclass(frozen=True, slots=True)

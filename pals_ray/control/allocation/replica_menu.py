@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pals_ray.control.replica.latency_feedback import TailFactors
-from pals_ray.control.snapshot import ReplicaSnapshot
-from pals_ray.models.correction import CorrectedModel
-from pals_ray.models.power_model import FloatArray, PowerModel, Prediction
-from pals_ray.types import ReplicaTelemetry, Target
-
-IntArray = NDArray[np.intp]
+from pals_ray.control.replica.batch_choice import best_batch, implied_batch, pinned_column, served_share
+from pals_ray.control.replica.demand_feedback import demand_with_queue_tokens_per_s
+from pals_ray.control.replica.prediction import BUSY_SIGMAS, Surface, latency_score
+from pals_ray.control.snapshot import ReplicaSnapshot, TailFactors
+from pals_ray.models.power_model import FloatArray
 
 #: A grant is at most the natural draw x (1 + HEADROOM); a replica whose cap binds there may ask for STEP of its range.
 HEADROOM = 0.1
@@ -23,71 +19,6 @@ STEP = 0.05
 BINDING = 0.5
 #: What a watt costs, so that of two points that serve the same the cheaper is worth more.
 VALUE_PER_W = 1e-6
-CAPS = 101
-BATCHES_PER_OCTAVE = 4
-#: A crowd is this many standard deviations above the mean of what runs: in 2 % there are more.
-BUSY_SIGMAS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Surface:
-    """A model's answers at C caps x B batches; all replicas alike share one.
-
-    `cap_w` (C,) per GPU, `batch` (B,); else (C, B): `capacity_tokens_per_s` is one standard deviation below the mean,
-    so that a point said to serve its target mostly does; `power_w` is the group's.
-    """
-
-    cap_w: FloatArray
-    batch: FloatArray
-    capacity_tokens_per_s: FloatArray
-    power_w: FloatArray
-    itl_p99_s: FloatArray
-    ttft_p99_s: FloatArray
-    honours_cap: np.ndarray[tuple[int, int], np.dtype[np.bool_]]
-
-
-def surface(model: PowerModel, min_limit_w: float, max_limit_w: float, max_batch: int) -> Surface:
-    """Ask a model for the whole range of a replica in one call.
-
-    Replicas of one model differ in their corrections alone: what the model itself says is remembered.
-    """
-    if isinstance(model, CorrectedModel):
-        cap_w, batch, said = _whole_range(_Same(model.model), min_limit_w, max_limit_w, max_batch)
-        return _surface(cap_w, batch, model.corrected(cap_w[:, None], said))
-    return _surface(*_whole_range(_Same(model), min_limit_w, max_limit_w, max_batch))
-
-
-class _Same:
-    """A model by its identity: what it says never changes, and it need not be hashable."""
-
-    def __init__(self, model: PowerModel) -> None:
-        self.model = model
-
-    def __hash__(self) -> int:
-        return id(self.model)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.model is self.model
-
-
-@lru_cache(maxsize=32)
-def _whole_range(
-    asked: _Same, min_limit_w: float, max_limit_w: float, max_batch: int
-) -> tuple[FloatArray, FloatArray, Prediction]:
-    cap_w = np.linspace(min_limit_w, max_limit_w, CAPS)
-    octaves = np.arange(0, np.log2(max_batch), 1 / BATCHES_PER_OCTAVE)
-    batch = np.unique(np.append(np.round(2**octaves), max_batch)).astype(float)
-    return cap_w, batch, asked.model.predict(cap_w[:, None], batch[None, :])
-
-
-def ask(model: PowerModel, cap_w: FloatArray, batch: FloatArray) -> Surface:
-    """A model's answers at these caps (C,) x batches (B,), both ascending, in one call."""
-    return _surface(cap_w, batch, model.predict(cap_w[:, None], batch[None, :]))
-
-
-def _surface(cap_w: FloatArray, batch: FloatArray, p: Prediction) -> Surface:
-    safe = np.maximum(p.throughput_tokens_per_s * (1 - p.throughput_rel_std), 0.0)
-    return Surface(cap_w, batch, safe, p.power_w, p.itl_p99_s, p.ttft_p99_s, p.honours_cap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +49,14 @@ def replica_menu(
     latency limits; with `pin_batch_limit` only what the demand makes of that limit.
     """
     arriving = np.inf if replica.demand_tokens_per_s is None else replica.demand_tokens_per_s
-    demand = 0.0 if replica.parked else with_queue_tokens_per_s(arriving, replica.telemetry, on)
+    demand = 0.0 if replica.parked else demand_with_queue_tokens_per_s(arriving, replica.telemetry, on)
     wanted = min(demand, np.inf if target_tokens_per_s is None else target_tokens_per_s)
     wanted = float(on.capacity_tokens_per_s[-1].max()) if np.isinf(wanted) else wanted
-    met = latency_met(replica.target, _planned(on, demand, replica.tails))
-    share, implied, chosen = best_batch(on, demand, wanted, met, may_wait=replica.target.ttft_p99_s is None)
-    if pin_batch_limit is not None:
-        chosen = np.minimum(implied, max(int(np.searchsorted(on.batch, pin_batch_limit, side="right")) - 1, 0))
+    share = served_share(on, wanted, latency_score(replica.target, _planned(on, demand, replica.tails)))
+    if pin_batch_limit is None:
+        chosen = best_batch(on, demand, wanted, share, may_wait=replica.target.ttft_p99_s is None)
+    else:
+        chosen = np.minimum(implied_batch(on, demand), pinned_column(on, pin_batch_limit))
     caps = np.arange(len(on.cap_w))
     share, power_w, honours = share[caps, chosen], on.power_w[caps, chosen], on.honours_cap[caps, chosen]
 
@@ -149,57 +81,6 @@ def replica_menu(
     )
 
 
-def implied_batch(on: Surface, demand: float) -> IntArray:
-    """(C,): the column of `on.batch` that a demand, tokens/s, implies at each cap, the least that serves it (Little's
-    law); the last where none does."""
-    reaches = on.capacity_tokens_per_s >= demand
-    return np.where(reaches.any(axis=1), reaches.argmax(axis=1), len(on.batch) - 1)
-
-
-def best_batch(
-    on: Surface, demand: float, wanted: float, met: FloatArray, *, may_wait: bool = True
-) -> tuple[FloatArray, IntArray, IntArray]:
-    """What each point serves of what is `wanted`, and the batch that is best at each cap.
-
-    Returns shares (C, B), times `met` (C, B; see `latency_met`), and columns of `on.batch` (C,): the batch that the
-    demand implies (`implied_batch`), and that or a smaller one where the latency limits make it worth more, but none
-    that would keep waiting what is wanted and could be served, nor, unless they `may_wait`, any of an overload: those
-    kept out miss the TTFT. Rates are tokens/s.
-    """
-    served = np.minimum(on.capacity_tokens_per_s, wanted)
-    share = served / wanted if wanted > 0 else np.ones_like(served)
-    # Those whom a smaller batch keeps out wait, and miss more than the latency of those who are in: a miss is weighed.
-    share = share * met
-    implied = implied_batch(on, demand)
-    # Whom a smaller batch than what is wanted makes run keeps out waits, and misses more than an inter-token latency.
-    enough = on.capacity_tokens_per_s >= min(wanted, demand)
-    least = np.where(enough.any(axis=1), enough.argmax(axis=1), 0 if may_wait else implied)
-    column = np.arange(len(on.batch))
-    usable = (column <= implied[:, None]) & (column >= least[:, None])
-    chosen = np.where(usable, share, -1.0).argmax(axis=1)
-    return share, implied, chosen
-
-
-def with_queue_tokens_per_s(demand: float, seen: ReplicaTelemetry, on: Surface) -> float:
-    """What a replica is to serve now, tokens/s: its demand, and more where requests wait or soon may.
-
-    Those who wait are to be let in within the time that those who run, half done on average, have still to go; and
-    never faster than the engine could make of all of them. A short queue so asks for a little more than arrives, not
-    for all that a full batch makes, which others would have to do without. What runs varies as a Poisson number does:
-    those who would be one deviation above the batch limit count as waiting already.
-    """
-    limit = float(on.batch[-1])
-    inside = seen.running + seen.waiting
-    waiting = max(float(seen.waiting), inside + float(np.sqrt(seen.running)) - limit)
-    if waiting <= 0.0:
-        return demand
-    together = int(np.searchsorted(on.batch, min(inside, limit)))
-    fastest = max(demand, float(on.capacity_tokens_per_s[-1, together]))
-    if seen.running == 0 or demand <= 0.0:
-        return fastest
-    return min(demand * (1.0 + 2.0 * waiting / seen.running), fastest)
-
-
 def _planned(on: Surface, demand: float, tails: TailFactors) -> Surface:
     """A surface with the latencies that the agent plans with: what its feedback says of those of a crowd, where a batch
     serves the demand, and of the batch itself where it is full."""
@@ -207,15 +88,6 @@ def _planned(on: Surface, demand: float, tails: TailFactors) -> Surface:
     column = np.where(on.capacity_tokens_per_s >= demand, crowd, np.arange(len(on.batch)))
     itl_s, ttft_s = (np.take_along_axis(values, column, axis=1) for values in (on.itl_p99_s, on.ttft_p99_s))
     return replace(on, itl_p99_s=tails.itl * itl_s, ttft_p99_s=tails.ttft * ttft_s)
-
-
-def latency_met(target: Target, on: Surface) -> FloatArray:
-    """(C, B): 1 within the limits, else limit / latency of the worse miss."""
-    met = np.ones_like(on.itl_p99_s)
-    for limit_s, latency_s in ((target.itl_p99_s, on.itl_p99_s), (target.ttft_p99_s, on.ttft_p99_s)):
-        if limit_s is not None:
-            met = np.minimum(met, limit_s / np.maximum(latency_s, limit_s))
-    return met
 
 
 def most_charge_w(replica: ReplicaSnapshot, natural_draw_w: float) -> float:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from pals_ray.control.allocation.budget_tree import FloatArray
-from pals_ray.control.allocation.fleet_division import FleetMenus
+from pals_ray.control.allocation.policy_shares import FleetMenus
 from pals_ray.control.snapshot import FleetSnapshot, Policy, Share
 from pals_ray.models.power_model import PowerModel
 

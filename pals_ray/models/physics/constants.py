@@ -1,14 +1,13 @@
 """Constants per GPU type that no datasheet gives, with where each came from.
 
-The numbers are in `silicon_table.py`, written by `python -m pals_ray.bench.calibrate`.
+The numbers are in `data/silicon_constants.json`, written by `python -m pals_ray.bench.calibrate`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pals_ray.models.physics.silicon_table import PROVENANCE, TABLE
-from pals_ray.models.specs import find_gpu
+from pals_ray.models.specs import find_gpu, read_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,9 @@ class SiliconConstants:
     cap_margin: float
 
 
-CONSTANTS: dict[str, SiliconConstants] = {name: SiliconConstants(**row) for name, row in TABLE.items()}
+_ROWS = {row.pop("gpu"): row for row in read_table("silicon_constants.json")}
+_PROVENANCE: dict[str, str] = {name: row.pop("provenance") for name, row in _ROWS.items()}
+CONSTANTS: dict[str, SiliconConstants] = {name: SiliconConstants(**row) for name, row in _ROWS.items()}
 
 
 def constants_for(gpu: str) -> SiliconConstants:
@@ -59,4 +60,4 @@ def constants_for(gpu: str) -> SiliconConstants:
 
 def provenance_of(gpu: str) -> str:
     """Which data a GPU type's constants came from, in a sentence. Raises `UnknownSpecError`."""
-    return PROVENANCE[find_gpu(gpu).name]
+    return _PROVENANCE[find_gpu(gpu).name]

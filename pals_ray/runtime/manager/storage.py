@@ -7,18 +7,16 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
-from pals_ray.control.budget.moving_budget import BudgetPlan
-from pals_ray.control.messages import NodeMemo
+from pals_ray.control.manager.fleet_record import FleetRecord
 from pals_ray.errors import PalsError
 from pals_ray.runtime.messages import AgentSpec
-from pals_ray.types import Target
 
 
 class StorageError(PalsError):
@@ -30,22 +28,25 @@ class NewerManager(StorageError):
 
 
 @dataclass(frozen=True, slots=True)
-class ManagerState:
+class ManagerState(FleetRecord):
     """What a manager writes down. `session` names the Ray session that `nodes` and `agents` belong to: those of another
-    one are gone with it. `config` is the fleet file's content as deployed, `version` orders deployments. `budget_w` is
-    the budget that was set, `plan` what moves it since (None: nothing), `targets` are those that were changed since."""
+    one are gone with it. `config` is the fleet file's content as deployed, `version` orders deployments."""
 
-    epoch: int = 0
+    agents: Mapping[str, AgentSpec] = field(default_factory=dict)
     session: str = ""
     version: str = ""
     config: Mapping[str, Any] | None = None
     app: str = ""
-    budget_w: float = 0.0
-    plan: BudgetPlan | None = None
-    targets: Mapping[str, Target] = field(default_factory=dict)
-    nodes: tuple[NodeMemo, ...] = ()
-    agents: Mapping[str, AgentSpec] = field(default_factory=dict)
     node_keys: Mapping[str, str] = field(default_factory=dict)
+
+    def with_record(self, record: FleetRecord) -> ManagerState:
+        """With what the manager's core has to have written down."""
+        return replace(self, **{part.name: getattr(record, part.name) for part in fields(FleetRecord)})
+
+    @property
+    def record(self) -> FleetRecord:
+        """What the manager's core has written down."""
+        return FleetRecord(**{part.name: getattr(self, part.name) for part in fields(FleetRecord)})
 
 
 _ADAPTER = TypeAdapter(ManagerState)
@@ -97,39 +98,37 @@ def write_state(storage_path: str, state: ManagerState) -> None:
 class StateWriter:
     """Writes the manager's file in a thread, one write after another, each of what the state is by then.
 
-    A disk under load takes hundreds of ms. Whoever must not be heard before it has what was noted waits for `written`.
+    A disk under load takes hundreds of ms. Whoever must not be heard before it has what was asked waits for `written`.
     """
 
-    def __init__(self, storage_path: str, state: Callable[[], ManagerState]) -> None:
+    def __init__(self, storage_path: str, state: Callable[[], ManagerState], landed: Callable[[int], None]) -> None:
+        """`landed` is told the highest number that is on disk."""
         self._storage_path = storage_path
         self._state = state
+        self._landed = landed
         self._thread = ThreadPoolExecutor(1, "manager.json")
-        self._noted = self._on_disk = 0
+        self._asked = self._on_disk = 0
         self._writing: asyncio.Task[None] | None = None
 
-    @property
-    def is_written(self) -> bool:
-        """Whether all that was noted is on disk."""
-        return self._on_disk == self._noted
-
-    def note(self) -> None:
-        """Something has changed that is to outlive the manager."""
-        self._noted += 1
+    def ask(self, number: int) -> None:
+        """Something has changed that is to outlive the manager; numbers rise."""
+        self._asked = number
 
     async def written(self) -> None:
-        """Return once all that has been noted by now is on disk. Raises `StorageError`; the next call tries again."""
-        noted = self._noted
-        while self._on_disk < noted:
+        """Return once all that has been asked by now is on disk. Raises `StorageError`; the next call tries again."""
+        asked = self._asked
+        while self._on_disk < asked:
             if self._writing is None:
                 self._writing = asyncio.create_task(self._write())
             await asyncio.shield(self._writing)  # others wait for it too
 
     async def _write(self) -> None:
-        noted = self._noted
+        asked = self._asked
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._thread, write_state, self._storage_path, self._state())
-            self._on_disk = noted
+            self._on_disk = asked
+            self._landed(asked)
         finally:
             self._writing = None
 

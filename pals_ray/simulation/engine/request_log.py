@@ -8,7 +8,7 @@ from math import ceil, log
 import numpy as np
 from numpy.typing import NDArray
 
-from pals_ray.simulation.result import FINE_EDGES_S, RequestOutcomes
+from pals_ray.simulation.results.run_result import FINE_EDGES_S, RequestOutcomes
 from pals_ray.simulation.setting import Requests
 from pals_ray.types import LATENCY_EDGES_S
 

@@ -8,19 +8,20 @@ import yaml
 from ray._private.label_utils import parse_node_labels_string
 
 from pals_ray.config.fleet import load_fleet_config
+from pals_ray.control.manager.deployment import domain_of
 from pals_ray.models.specs import GPUS
-from pals_ray.runtime.manager.books import domain_of
 
 ROOT = Path(__file__).parents[3]
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 FLEET = load_fleet_config(ROOT / "deployments" / "examples" / "racks.yaml")
+DOMAINS = [domain.domain() for domain in FLEET.domains]
 
 
 def test_each_worker_of_the_cluster_file_is_in_a_rack_of_the_fleet_example_and_both_are_on_its_circuit():
     commands = " ".join(CLUSTER["worker_start_ray_commands"])
     by_worker = dict(re.findall(r'" (WORKER_ADDRESS_\d) "\*\) labels=(\S+)', commands))
     assert list(by_worker) == CLUSTER["provider"]["worker_ips"]
-    domains = [domain_of(parse_node_labels_string(labels).items(), FLEET) for labels in by_worker.values()]
+    domains = [domain_of(parse_node_labels_string(labels).items(), DOMAINS) for labels in by_worker.values()]
     assert domains == ["rack-a", "rack-b"]
     assert {domain.name: domain.parent for domain in FLEET.domains} == {
         "circuit-1": None,
@@ -39,5 +40,5 @@ def test_the_parked_nodes_of_the_fleet_example_fit_each_of_its_budgets_with_thei
 
 
 def test_a_node_without_a_domains_label_is_in_none():
-    assert domain_of((("rack", "z"),), FLEET) is None
-    assert domain_of((("circuit", "1"),), FLEET) == "circuit-1"
+    assert domain_of((("rack", "z"),), DOMAINS) is None
+    assert domain_of((("circuit", "1"),), DOMAINS) == "circuit-1"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pals_ray.control.allocation.budget_tree import BudgetTree
 from pals_ray.control.snapshot import Domain, FleetSnapshot, Overhead, ReplicaSnapshot
 from pals_ray.types import ReplicaTelemetry, Target
+from tests.support.builders import StubModel
 
 POLICIES = ["uniform", "proportional", "batch_only", "power_only", "slack_steal", "pals", "exact"]
 
@@ -78,8 +79,8 @@ def snapshots(draw):
 @pytest.mark.parametrize("name", POLICIES)
 @given(snapshot=snapshots())
 @settings(max_examples=40)
-def test_gives_each_replica_its_least_and_keeps_every_budget(name, stub_model, snapshot):
-    models = {"moe": stub_model(), "r0": stub_model(speed=30.0)}  # some replicas have none
+def test_gives_each_replica_its_least_and_keeps_every_budget(name, snapshot):
+    models = {"moe": StubModel(), "r0": StubModel(speed=30.0)}  # some replicas have none
     shares = importlib.import_module(f"policies.{name}").allocate(snapshot, models)
     spent_w = {None: 0.0} | {d.name: 0.0 for d in snapshot.domains}
     parent = {d.name: d.parent for d in snapshot.domains}

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pals_ray.control.replica.batch_sizes import graph_sizes
+from pals_ray.control.replica.batch_choice import graph_sizes
 from pals_ray.errors import PalsError
 from pals_ray.models.profile import Profile, ProfileError, ProfileSample, profile_from_json
 from pals_ray.profiling.load import RequestShape, in_full_swing

@@ -10,7 +10,7 @@ import pytest
 from pals_ray.control.budget.regulation import synthetic_signal
 from pals_ray.control.budget.signal_following import Following
 from pals_ray.control.slo import QosState, Verdict
-from pals_ray.simulation.figures import (
+from pals_ray.simulation.results.figures import (
     counts_as_gain,
     estimate,
     figures,
@@ -21,7 +21,7 @@ from pals_ray.simulation.figures import (
     regulation_figures,
     violations_by_priority,
 )
-from pals_ray.simulation.result import (
+from pals_ray.simulation.results.run_result import (
     FINE_EDGES_S,
     Cut,
     ModelResult,

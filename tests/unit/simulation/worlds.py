@@ -7,8 +7,8 @@ import numpy as np
 from pals_ray.control.snapshot import Overhead
 from pals_ray.models.physics.roofline import Workload
 from pals_ray.models.specs import Parallelism
-from pals_ray.simulation.run import simulate
 from pals_ray.simulation.setting import ConstantBudget, Requests, SimFleet, SimModel, SimNode, SimSetting
+from pals_ray.simulation.simulate import simulate
 from policies import pals
 
 

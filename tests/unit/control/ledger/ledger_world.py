@@ -1,4 +1,4 @@
-"""A fleet in miniature for the ledger's tests: GPUs that hold limits, agents, managers with a disk, a bad network.
+"""A fleet in miniature: GPUs that hold limits, the cores of agents and managers, a disk, and a bad network.
 
 What is true here is kept apart from what a ledger believes: `World.potential_w` is what the GPUs have in force, or may
 yet get by the messages under way without any further decision of a manager.
@@ -7,30 +7,38 @@ yet get by the messages under way without any further decision of a manager.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-from pals_ray.control.ledger.charge import ChargeTerms
-from pals_ray.control.ledger.feasibility import LedgerConfig
-from pals_ray.control.ledger.lease import LeaseState, Outcome, accept, ceiling_w, fence, tick
+from pals_ray.control.agent import commands as agent_commands
+from pals_ray.control.agent.agent_core import AgentCore
+from pals_ray.control.charge import ChargeTerms
+from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.ledger.ledger import Ledger
+from pals_ray.control.manager import commands as manager_commands
+from pals_ray.control.manager.deployment import DeployedModel, Deployment
+from pals_ray.control.manager.fleet_record import FleetRecord
+from pals_ray.control.manager.manager_core import ManagerCore
 from pals_ray.control.messages import (
     AgentReport,
-    Commands,
+    Answer,
+    Beat,
     GpuHeldError,
-    Hello,
     LedgerError,
     ManagedGpu,
+    NodeGpu,
     NodeInfo,
-    NodeMemo,
     ParkOrder,
-    Reply,
+    ReplicaSpec,
     StaleEpochError,
 )
-from pals_ray.control.snapshot import Domain, Overhead, Share
+from pals_ray.control.replica.replica_controller import ReplicaController
+from pals_ray.control.snapshot import Domain, FleetSnapshot, Overhead, Share
 from pals_ray.errors import InfeasibleBudget
-from pals_ray.types import Grant
+from pals_ray.types import GpuInfo, Grant, Provenance, Target
 
+MAX_BATCH = 32
 FAIL_SAFE_W = 150.0
 SLACK_W = 1e-3
 
@@ -109,129 +117,102 @@ class Goodbye:
     report: AgentReport
 
 
-@dataclass(eq=False)
 class Agent:
-    """One agent, as the runtime's is meant to be: one order at a time, limits read after they were set."""
+    """One agent: the real core, on devices that answer at once."""
 
-    world: World
-    replica_id: str
-    host: Host
-    num_gpus: int
-    uuids: tuple[str, ...] = ()
-    alive: bool = True
-    lease: LeaseState = field(default_factory=LeaseState)
-    terms: ChargeTerms | None = None
-    park: ParkOrder | None = None
-    session: int = 0
-    number: int = 0
-    clock_s: float = 0.0
-    applied: tuple[int, int] = (0, 0)
+    def __init__(self, world: World, replica_id: str, host: Host, num_gpus: int, uuids: tuple[str, ...] = ()) -> None:
+        self.world = world
+        self.replica_id = replica_id
+        self.host = host
+        self.num_gpus = num_gpus
+        self.alive = True
+        self.clock_s = 0.0
+        self.core = AgentCore(replica_id, host.node_id, num_gpus, ReplicaController(num_gpus))
+        self.core.managed = {
+            uuid: NodeGpu(GpuInfo(uuid, "", d.min_w, d.max_w, 0.0, Provenance.MODELLED), d.limit_w, 0.0, True, ())
+            for uuid, d in host.devices.items()
+        }
+        self.uuids: tuple[str, ...] = ()
+        if uuids:
+            self.hold(uuids)
 
     @property
     def now_s(self) -> float:
         """Its own monotonic clock, whatever that is worth."""
         return self.world.now_s + self.clock_s
 
-    def key(self) -> tuple[int, int]:
-        """(epoch, seq) of the grant in hand."""
-        return (self.lease.grant.epoch, self.lease.grant.seq) if self.lease.grant else (0, 0)
+    @property
+    def session(self) -> int:
+        """The session that a manager has given it."""
+        return self.core.session
 
-    def ceiling_w(self) -> float:
-        """The cap that it may go up to now; 0 without a grant that it could turn into one."""
-        if self.terms is None:
-            return 0.0
-        return ceiling_w(self.lease, self.terms)[0] or 0.0
-
-    def limits_w(self) -> dict[str, float]:
-        """Limits in force of its own GPUs."""
-        return {uuid: self.host.devices[uuid].limit_w for uuid in self.uuids}
-
-    def apply(self) -> None:
-        """Let the lease age and bring all GPUs to what it allows."""
-        if self.uuids:
-            in_force_w = min(self.limits_w().values())
-            self.lease, _ = tick(self.lease, self.now_s, in_force_w=in_force_w, fail_safe_w=FAIL_SAFE_W)
-        if self.ceiling_w():
-            for uuid in self.uuids:
-                self.host.devices[uuid].set(self.ceiling_w())
-        if self.park is not None:
-            for uuid, limit_w in self.park.limits_w.items():
-                if self.host.devices[uuid].in_band_w > limit_w:
-                    self.host.devices[uuid].set(limit_w)
-        self.applied = self.key()
-
-    def report(self) -> AgentReport:
-        """What it finds in force."""
-        self.number += 1
-        parked = self.park.limits_w if self.park else {}
-        return AgentReport(
-            replica_id=self.replica_id,
-            session=self.session,
-            number=self.number,
-            fence_epoch=self.lease.fence_epoch,
-            obeyed=self.applied,
-            limits_w=self.limits_w(),
-            parking=(self.park.epoch, self.park.seq) if self.park else (0, 0),
-            parked_w={uuid: self.host.devices[uuid].limit_w for uuid in parked},
-            expired=self.lease.expired,
-        )
+    def hold(self, uuids: tuple[str, ...]) -> None:
+        """Its replica's ranks hold these GPUs."""
+        self.uuids = uuids
+        self.do(self.core.claimed(uuids, MAX_BATCH, self.now_s))
 
     def speak(self) -> None:
-        """One beat: set, read, report; hello until a session is given."""
-        self.apply()
-        if not self.session:
-            hello = Hello(
-                replica_id=self.replica_id,
-                node_id=self.host.node_id,
-                num_gpus=self.num_gpus,
-                fence_epoch=self.lease.fence_epoch,
-                limits_w=self.limits_w(),
-                ceiling_w=self.ceiling_w(),
-            )
-            self.world.to_managers(self, (hello, self.host.info()))
+        """Two beats: one of two is told the manager; hello until a session is given."""
+        if not self.core.session:
+            self.do(self.core.beat_due(None, self.now_s), tells=False)
+            self.do(self.core.greet(self.now_s))
             return
-        self.world.to_managers(self, self.report())
-        if self.uuids and self.terms is None:
-            self.world.to_managers(self, Claim(self.replica_id, self.session, self.limits_w()))
+        self.do(self.core.beat_due(None, self.now_s), tells=False)
+        self.tell()
+        if self.uuids and self.core.terms is None:
+            self.world.to_managers(self, Claim(self.replica_id, self.core.session, self.core.limits_w))
+
+    def tell(self) -> None:
+        """Send a beat."""
+        self.world.to_managers(self, self.core.beat())
+
+    def do(self, commands: tuple[agent_commands.Command, ...], *, tells: bool = True) -> None:
+        """Carry its core's commands out."""
+        for command in commands:
+            match command:
+                case agent_commands.ReadLimits(uuids):
+                    read_w = {uuid: self.host.devices[uuid].limit_w for uuid in uuids}
+                    self.do(self.core.limits_read(read_w, self.now_s), tells=tells)
+                case agent_commands.SetLimits(limits_w):
+                    self.do(self.core.limits_set(self.set(limits_w), self.now_s), tells=tells)
+                case agent_commands.SetGroupCap(now_w, cap_w):
+                    self.do(self.core.limits_set(self.set(dict.fromkeys(now_w, cap_w)), self.now_s), tells=tells)
+                case agent_commands.SayHello(hello):
+                    self.world.to_managers(self, (hello, self.host.info()))
+                case agent_commands.SendBeat() if tells:
+                    self.tell()
+
+    def set(self, limits_w: Mapping[str, float]) -> dict[str, float]:
+        """Order limits; what is in force then."""
+        for uuid, limit_w in limits_w.items():
+            self.host.devices[uuid].set(limit_w)
+        return {uuid: self.host.devices[uuid].limit_w for uuid in limits_w}
+
+    def key(self) -> tuple[int, int]:
+        """(epoch, seq) of the grant in hand."""
+        grant = self.core._lease.grant
+        return (grant.epoch, grant.seq) if grant else (0, 0)
 
     def newer(self, grant: Grant | None) -> bool:
         """Whether a grant is one to obey, by the rules and not by the code under test."""
-        return grant is not None and grant.epoch >= self.lease.fence_epoch and (grant.epoch, grant.seq) > self.key()
+        return (
+            grant is not None and grant.epoch >= self.core._lease.fence_epoch and (grant.epoch, grant.seq) > self.key()
+        )
 
-    def hear(self, message: Reply | Grant | ParkOrder) -> None:
+    def hear(self, message: Answer | Grant | ParkOrder) -> None:
         """Obey a message, or not."""
-        before_w, may_rise = self.ceiling_w(), True
-        if isinstance(message, Reply):
-            if message.epoch < self.lease.fence_epoch:
-                return
-            fenced = message.epoch > self.lease.fence_epoch
-            self.lease = fence(self.lease, message.epoch)
-            if message.session == 0 or fenced:
-                self.session = 0
-                if message.session == 0:
-                    return
-            if message.session < self.session:
-                return
-            if message.session > self.session:
-                self.session, self.number = message.session, 0
-            self.terms, self.park = message.terms or self.terms, message.park
-            may_rise = self.newer(message.grant)
-            if message.grant is not None:
-                self.take(message.grant)
+        core = self.core
+        before_w, may_rise = core.allowed_cap_w, True
+        if isinstance(message, Answer):
+            may_rise = self.newer(message.reply.grant)
+            self.do(core.answered(message, self.now_s))
         elif isinstance(message, Grant):
             may_rise = self.newer(message)
-            self.take(message)
-        elif self.park is None or (message.epoch, message.seq) > (self.park.epoch, self.park.seq):
-            self.park = message
-            self.apply()
+            self.do(core.granted(message, self.now_s))
+        else:
+            self.do(core.park_ordered(message, self.now_s))
         if not may_rise and before_w:
-            ensure(self.ceiling_w() <= before_w + 1e-9, f"a late or repeated message raised a cap: {message}")
-
-    def take(self, grant: Grant) -> None:
-        """A grant that reached it."""
-        self.lease, outcome, _ = accept(self.lease, grant, self.now_s)
-        if outcome is Outcome.OBEY:
-            self.apply()
+            ensure(core.allowed_cap_w <= before_w + 1e-9, f"a late or repeated message raised a cap: {message}")
 
     def stop(self) -> None:
         """Replica and agent are gone."""
@@ -240,11 +221,8 @@ class Agent:
 
     def leave(self) -> None:
         """Lower its GPUs, say goodbye and end."""
-        self.lease = replace(self.lease, grant=None)
-        for uuid in self.uuids:
-            self.host.devices[uuid].set(self.host.devices[uuid].min_w)
-        self.applied = (0, 0)
-        self.world.to_managers(self, Goodbye(self.report()))
+        self.do(self.core.replica_gone(self.now_s))
+        self.world.to_managers(self, Goodbye(self.core.report()))
         self.stop()
 
 
@@ -252,35 +230,38 @@ class Agent:
 class Disk:
     """What managers have written down."""
 
-    epoch: int
+    record: FleetRecord
     budget_w: float
     domains: tuple[Domain, ...]
-    memos: tuple[NodeMemo, ...] = ()
     slow: bool = False
 
 
 class Manager:
-    """A manager around a ledger, reduced to what concerns the budget. Others act while its disk is slow."""
+    """A manager: the real core, on a disk that may be slow while others act."""
 
-    def __init__(self, world: World, ledger_class: type[Ledger]) -> None:
+    def __init__(self, world: World) -> None:
         self.world = world
         self.clock_s = 1000.0
         self.sent: dict[str, Grant] = {}
-        self.noted = False
-        self.writing: tuple[NodeMemo, ...] | None = None
-        #: What goes once the disk has what was noted; so much of it with the write that is under way.
-        self.later: list[Callable[[], None]] = []
-        self.covered = 0
+        self.asked = self.on_disk = 0
+        self.writing: tuple[int, FleetRecord] | None = None
+        #: What goes once the disk has what was asked before it.
+        self.later: list[tuple[int, Callable[[], None]]] = []
         disk = world.disk
-        disk.epoch += 1
-        self.ledger = ledger_class(
-            world.config,
-            epoch=disk.epoch,
+        disk.record = replace(disk.record, epoch=disk.record.epoch + 1)
+        self.core = ManagerCore(disk.record)
+        self.wishes_w = [0]
+        deployment = Deployment(
             budget_w=disk.budget_w,
+            policy_name="wishes",
+            policy=self.wished,
+            models={"m": DeployedModel(Target())},
+            ledger=world.config,
             domains=disk.domains,
-            known=disk.memos,
-            now_s=self.now_s,
+            fail_safe_cap_w=FAIL_SAFE_W,
         )
+        self.core.open(deployment, disk.budget_w, self.now_s)
+        self.core.registry.restore(disk.record.agents, self.now_s)
 
     @property
     def now_s(self) -> float:
@@ -288,56 +269,54 @@ class Manager:
         return self.world.now_s + self.clock_s
 
     @property
-    def is_written(self) -> bool:
-        """Whether nothing that was noted is still to be written."""
-        return not self.noted and self.writing is None
+    def ledger(self) -> Ledger:
+        """Its ledger."""
+        return self.core.ledger
+
+    def do(self, commands: tuple[manager_commands.Command, ...]) -> None:
+        """Carry its core's commands out."""
+        for command in commands:
+            match command:
+                case manager_commands.PushGrant(grant):
+                    self.note_sent(grant)
+                    self.world.to_agent(grant.replica_id, grant)
+                case manager_commands.PushParking(order):
+                    self.world.to_agent(order.executor, order)
+                case manager_commands.WriteState(number):
+                    self.asked = number
+                    if not self.world.disk.slow:
+                        self.write_all()
+                case manager_commands.WhenWritten(rest):
+                    self.when_written(partial(self.do, rest))
+                case manager_commands.RaiseAt():
+                    self.do(self.core.raise_released(self.now_s))
 
     def when_written(self, go: Callable[[], None]) -> None:
-        """Have this done once the disk has all that is to outlive this manager."""
-        if self.ledger.unsaved:
-            self.noted = True
-            self.ledger.saved()
-        if self.is_written:
+        """Have this done once the disk has all that was asked so far."""
+        if self.on_disk >= self.asked:
             go()
-            return
-        self.later.append(go)
-        if not self.world.disk.slow:
-            self.write_all()
+        else:
+            self.later.append((self.asked, go))
 
     def write(self) -> None:
         """The disk begins a write, or ends the one under way; a newer manager's file is left alone."""
+        disk = self.world.disk
         if self.writing is None:
-            if self.noted:
-                self.noted, self.writing, self.covered = False, self.ledger.memo(), len(self.later)
-        elif self.world.disk.epoch == self.ledger.epoch:
-            self.world.disk.memos, self.writing = self.writing, None
-            covered, self.later = self.later[: self.covered], self.later[self.covered :]
+            if self.on_disk < self.asked:
+                self.writing = self.asked, self.core.record
+        elif disk.record.epoch == self.writing[1].epoch:
+            self.on_disk, disk.record = self.writing
+            self.writing = None
+            self.core.written(self.on_disk)
+            covered = [go for number, go in self.later if number <= self.on_disk]
+            self.later = [entry for entry in self.later if entry[0] > self.on_disk]
             for go in covered:
                 go()
 
     def write_all(self) -> None:
         """The disk is quick."""
-        while not self.is_written and self.world.disk.epoch == self.ledger.epoch:
+        while self.on_disk < self.asked and self.world.disk.record.epoch == self.core.record.epoch:
             self.write()
-
-    def send(self, commands: Commands) -> None:
-        """Push orders to agents: those at once that need not wait for the disk."""
-        at_once = [grant for grant in commands.cuts if self.is_written or self.ledger.lowers(grant)]
-        self.push(at_once)
-        grants = [grant for grant in (*commands.cuts, *commands.raises) if grant not in at_once]
-
-        def go() -> None:
-            self.push(grants)
-            for order in commands.parks:
-                self.world.to_agent(order.executor, order)
-
-        self.when_written(go)
-
-    def push(self, grants: Iterable[Grant]) -> None:
-        """Push grants to their agents."""
-        for grant in grants:
-            self.note_sent(grant)
-            self.world.to_agent(grant.replica_id, grant)
 
     def note_sent(self, grant: Grant) -> None:
         """Remember the newest grant that an agent was sent."""
@@ -345,8 +324,9 @@ class Manager:
         if before is None or grant.seq > before.seq:
             self.sent[grant.replica_id] = grant
 
-    def answer(self, agent: Agent, reply: Reply) -> None:
+    def answer(self, agent: Agent, answer: Answer, commands: tuple[manager_commands.Command, ...]) -> None:
         """Answer an agent."""
+        reply = answer.reply
 
         def go() -> None:
             if agent.alive:
@@ -354,33 +334,55 @@ class Manager:
                     self.note_sent(reply.grant)
                 if reply.terms is not None:
                     self.world.terms[agent.replica_id] = reply.terms
-                self.world.network.append((agent, reply))
+                self.world.network.append((agent, answer))
 
+        self.do(commands)
         self.when_written(go)
 
+    def divide(self, wishes_w: list[int]) -> None:
+        """Divide as these wishes say."""
+        self.wishes_w = wishes_w
+        self.do(self.core.divide(self.now_s))
+
+    def wished(self, snapshot: FleetSnapshot, models: object) -> dict[str, Share]:
+        """A policy that asks for anything at all."""
+        return {
+            row.replica_id: Share(float(self.wishes_w[number % len(self.wishes_w)] * row.num_gpus), "wanted")
+            for number, row in enumerate(snapshot.replicas)
+        }
+
     def hear(self, sender: Agent, message: object) -> None:
-        """Pass a message on to the ledger."""
-        ledger = self.ledger
+        """Pass a message on to the core."""
+        core = self.core
         try:
-            if isinstance(message, AgentReport):
-                self.answer(sender, ledger.report(message, self.now_s))
-                if ledger.raise_due:
-                    self.send(ledger.plan(None, self.now_s))
+            if isinstance(message, Beat):
+                self.answer(sender, *core.heard(message, self.now_s))
             elif isinstance(message, Claim):
-                reply, commands = ledger.claim(message.replica_id, message.session, message.limits_w, self.now_s)
-                self.answer(sender, reply)
-                self.send(commands)
+                spec = replace(spec_of(sender), gpus=sender.uuids)
+                self.answer(sender, *core.claim(spec, message.session, message.limits_w, self.now_s))
             elif isinstance(message, Goodbye):
-                self.send(ledger.leave(message.report.replica_id, self.now_s, message.report))
+                self.do(core.left(message.report, self.now_s))
             else:
                 hello, info = message  # type: ignore[misc]
-                ledger.add_node(info, self.now_s)
-                self.answer(sender, ledger.hello(hello, self.now_s))
+                core.add_node(info, self.now_s)
+                answer, commands = core.hello(hello, self.now_s)
+                if answer.reply.session:
+                    core.registry.take_in(spec_of(sender), (), None, self.now_s)
+                self.answer(sender, answer, commands)
         except GpuHeldError as error:
             if error.holder not in self.world.agents or not self.world.agents[error.holder].alive:
-                self.send(ledger.leave(error.holder, self.now_s))
+                self.bury(error.holder)
         except (StaleEpochError, LedgerError, InfeasibleBudget):
             pass
+
+    def bury(self, replica_id: str) -> None:
+        """A replica is gone for certain, and said no goodbye."""
+        self.do(self.core.left(AgentReport(replica_id, 0, 0, 0, (0, 0), {}), self.now_s))
+
+
+def spec_of(agent: Agent) -> ReplicaSpec:
+    """What a manager knows an agent's replica by."""
+    return ReplicaSpec(agent.replica_id, "m", agent.num_gpus, agent.host.node_id, max_batch=MAX_BATCH)
 
 
 class World:
@@ -388,17 +390,14 @@ class World:
 
     config = LedgerConfig(reserve_w=20.0)
 
-    def __init__(
-        self, hosts: Iterable[Host], budget_w: float, domains: tuple[Domain, ...], ledger: type[Ledger]
-    ) -> None:
+    def __init__(self, hosts: Iterable[Host], budget_w: float, domains: tuple[Domain, ...]) -> None:
         self.now_s = 0.0
         self.hosts = list(hosts)
         self.agents: dict[str, Agent] = {}
         self.stopped: set[str] = set()
         self.switched_off: set[str] = set()
-        self.disk = Disk(0, budget_w, domains)
-        self.ledger_class = ledger
-        self.managers = [Manager(self, ledger)]
+        self.disk = Disk(FleetRecord(), budget_w, domains)
+        self.managers = [Manager(self)]
         self.network: list[tuple[Agent | Manager, object]] = []
         self.replicas_made = 0
         self.reach_w: dict[str, float] = {}
@@ -464,7 +463,7 @@ class World:
         if agent.alive and not agent.uuids and agent.session and len(unheld) >= agent.num_gpus:
             ready, _ = self.manager.ledger.may_start(agent.replica_id, self.manager.now_s)
             if ready:
-                agent.uuids = tuple(unheld[: agent.num_gpus])
+                agent.hold(tuple(unheld[: agent.num_gpus]))
 
     def replace_agent(self, agent: Agent) -> None:
         """A dead agent's replica gets another one, which knows nothing but the GPUs."""
@@ -472,16 +471,15 @@ class World:
 
     def count_out(self) -> None:
         """The manager learns which nodes are gone for good; again, if one before it wrote nothing of it down."""
-        ledger = self.manager.ledger
-        for node_id in self.switched_off & {view.node_id for view in ledger.nodes()}:
-            ledger.node_gone(node_id)
-        self.manager.when_written(lambda: None)
+        manager = self.manager
+        for node_id in self.switched_off & {view.node_id for view in manager.ledger.nodes()}:
+            manager.do(manager.core.node_gone(node_id))
 
     def bury(self) -> None:
         """The manager learns which replicas are gone for certain."""
         for view in self.manager.ledger.replicas(self.manager.now_s):
             if view.replica_id in self.stopped and not self.agents[view.replica_id].alive:
-                self.manager.send(self.manager.ledger.leave(view.replica_id, self.manager.now_s))
+                self.manager.bury(view.replica_id)
 
     # -- what is true ----------------------------------------------------------------------------------------------
 
@@ -502,22 +500,21 @@ class World:
     def agent_reach_w(self, agent: Agent) -> float:
         """The highest cap that an agent may set without any further decision of a manager."""
         coming = [message for receiver, message in self.network if receiver is agent]
-        replies = [message for message in coming if isinstance(message, Reply)]
+        replies = [message.reply for message in coming if isinstance(message, Answer)]
         # An agent that replaced another may take a grant before it has the terms, and act on it when they come.
-        terms = agent.terms or self.terms.get(agent.replica_id)
+        terms = agent.core.terms or self.terms.get(agent.replica_id)
         if terms is None:
             return 0.0
         grants = [*(reply.grant for reply in replies), *(message for message in coming if isinstance(message, Grant))]
         # A grant that was lost is sent again with the answer to the next report.
         grants += [manager.sent.get(agent.replica_id) for manager in self.managers if agent.session]
         caps_w = [terms.cap_w(grant.charge_w) for grant in grants if grant is not None and agent.newer(grant)]
-        held = agent.lease.grant
-        held_w = agent.ceiling_w()
+        lease = agent.core._lease
+        held = lease.grant
+        held_w = agent.core.allowed_cap_w
         # A grant in hand is acted on once terms are there. One whose lease has ended keeps its watts: its manager does
         # not know yet, and whatever it sends next may restore as much, until the agent obeys another manager.
-        if held is not None and (
-            agent.terms is None or (agent.lease.expired and agent.lease.fence_epoch == held.epoch)
-        ):
+        if held is not None and (agent.core.terms is None or (lease.expired and lease.fence_epoch == held.epoch)):
             held_w = max(held_w, terms.cap_w(held.charge_w))
         return max([held_w, *caps_w])
 
@@ -561,12 +558,3 @@ class World:
         """The ledger in charge reserves at least what is possible."""
         reserved_w = self.manager.ledger.reserved_w(domain)
         ensure(reserved_w >= total_w - SLACK_W, f"{reserved_w:.3f} W on the books for {total_w:.3f} W in {domain}")
-
-
-def shares_for(ledger: Ledger, now_s: float, wishes_w: list[int]) -> dict[str, Share]:
-    """A policy that asks for anything at all."""
-    views = [view for view in ledger.replicas(now_s) if view.uuids]
-    return {
-        view.replica_id: Share(float(wishes_w[number % len(wishes_w)] * view.num_gpus), "wanted")
-        for number, view in enumerate(views)
-    }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from pals_ray.control.ledger.feasibility import LedgerConfig
+from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.messages import (
     AgentReport,

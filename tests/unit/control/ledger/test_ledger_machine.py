@@ -22,16 +22,18 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from pals_ray.control.ledger import feasibility, saved_state
-from pals_ray.control.ledger.accounts import Accounts, Gpu, Replica
+from pals_ray.control.agent import agent_core
+from pals_ray.control.ledger import feasible_charges, saved_state
 from pals_ray.control.ledger.lease import LeaseState, Outcome
 from pals_ray.control.ledger.ledger import Ledger
+from pals_ray.control.ledger.reservations import Gpu, Replica, Reservations
+from pals_ray.control.manager.commands import Command
+from pals_ray.control.manager.dispatch import Dispatch
 from pals_ray.control.snapshot import Domain, Overhead
 from pals_ray.errors import InfeasibleBudget
 from pals_ray.types import Grant
 
-from . import ledger_world
-from .ledger_world import Agent, BrokenError, Device, Host, Manager, World, ensure, shares_for
+from .ledger_world import Agent, BrokenError, Device, Host, Manager, World, ensure
 
 STEPS_PER_RUN = 100
 RUNS = 280
@@ -43,7 +45,6 @@ WISHES_W = st.lists(st.integers(50, 500), min_size=1, max_size=5)
 class LedgerMachine(RuleBasedStateMachine):
     """Everything that may happen to a fleet, one event a step."""
 
-    ledger_class = Ledger
     steps = 0
 
     def __init__(self) -> None:
@@ -73,7 +74,7 @@ class LedgerMachine(RuleBasedStateMachine):
         least_w = {host: host.occupied_w(dict.fromkeys(host.devices, 100.0)) for host in hosts}
         rack_w = least_w[hosts[0]] + least_w[hosts[1]] + domain_slack_w
         domains = (Domain("rack", rack_w), Domain("row", least_w[hosts[0]] + domain_slack_w * 0.7, "rack"))
-        world = World(hosts, sum(least_w.values()) + 20.0 + slack_w, domains, self.ledger_class)
+        world = World(hosts, sum(least_w.values()) + 20.0 + slack_w, domains)
         self.world = world
         for host, gpus in ((hosts[0], 2), (hosts[1], 1), (hosts[2], 1)):
             world.start_replica(host, gpus)
@@ -91,7 +92,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 world.deliver(0)
                 world.check()
             manager = world.manager
-            manager.send(manager.ledger.plan(shares_for(manager.ledger, manager.now_s, wishes_w), manager.now_s))
+            manager.divide(wishes_w)
             world.check()
 
     def agent(self, pick: int) -> Agent:
@@ -147,7 +148,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def plan(self, pick: int, wishes_w: list[int]) -> None:
         """A manager divides, perhaps an old one."""
         manager = self.world.managers[pick % len(self.world.managers)]
-        manager.send(manager.ledger.plan(shares_for(manager.ledger, manager.now_s, wishes_w), manager.now_s))
+        manager.divide(wishes_w)
 
     @rule(slack_w=st.integers(-50, 900), domain=st.sampled_from([None, None, "rack", "row"]))
     def set_budget(self, slack_w: int, domain: str | None) -> None:
@@ -158,8 +159,12 @@ class LedgerMachine(RuleBasedStateMachine):
         if asked_w <= 0.0:
             return
         outer = domain is not None and ledger.needed_w(world.manager.now_s) > world.disk.budget_w
+        manager = world.manager
         try:
-            commands = ledger.set_budget(asked_w, world.manager.now_s, domain)
+            if domain is None:
+                commands = manager.core.set_budget(asked_w, manager.now_s)
+            else:
+                commands = manager.core._send(ledger.set_budget(asked_w, manager.now_s, domain))
         except InfeasibleBudget as error:
             ensure(slack_w < 0 or error.needed_w > error.asked_w, f"{asked_w} W refused, {needed_w} W needed: {error}")
             return
@@ -167,7 +172,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if domain is None:
             world.disk.budget_w = asked_w
         world.disk.domains = ledger.domains()
-        world.manager.send(commands)
+        manager.do(commands)
 
     # -- who comes and goes ----------------------------------------------------------------------------------------
 
@@ -216,7 +221,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if not old_lives:
             world.managers.clear()
         world.managers[:-1] = []
-        world.managers.append(Manager(world, self.ledger_class))
+        world.managers.append(Manager(world))
 
     # -- what goes wrong -------------------------------------------------------------------------------------------
 
@@ -268,7 +273,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(pick=PICKS)
     def node_is_suspected(self, pick: int) -> None:
         """A node is taken for lost; perhaps it is not."""
-        self.world.manager.ledger.node_lost(self.world.hosts[pick % len(self.world.hosts)].node_id)
+        self.world.manager.core.node_lost(self.world.hosts[pick % len(self.world.hosts)].node_id)
 
     @precondition(lambda self: len(self.world.hosts) > 1)
     @rule(pick=PICKS)
@@ -279,7 +284,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for agent in world.agents.values():
             if agent.host is host:
                 agent.stop()
-        world.manager.ledger.node_lost(host.node_id)
+        world.manager.core.node_lost(host.node_id)
         host.node_id += "'"
         host.known_as.add(host.node_id)
 
@@ -407,8 +412,8 @@ def restart_with_empty_books(*args: object) -> None:
     """rebuild.restore: a new manager starts from nothing."""
 
 
-def leave_without_confirmation(accounts: Accounts, replica: Replica) -> None:
-    """Accounts.remove_replica: GPUs count as parked as soon as their replica has left."""
+def leave_without_confirmation(accounts: Reservations, replica: Replica) -> None:
+    """Reservations.remove_replica: GPUs count as parked as soon as their replica has left."""
     orders, replica.orders = replica.orders, []
     for gpu in replica.gpus:
         gpu.limit_w = gpu.info.min_limit_w
@@ -416,25 +421,26 @@ def leave_without_confirmation(accounts: Accounts, replica: Replica) -> None:
     replica.orders = orders
 
 
-def raises_go_before_the_disk(manager: Manager) -> bool:
-    """Manager.is_written: nobody waits for the disk."""
-    return True
+def raises_go_before_the_disk(dispatch: Dispatch, ledger: Ledger) -> tuple[Command, ...]:
+    """Dispatch.write: nothing is written down, and nobody waits for the disk."""
+    ledger.saved()
+    return ()
 
 
-WHY_FIXED = feasibility.why_fixed
-REMOVE_REPLICA = Accounts.remove_replica
+WHY_FIXED = feasible_charges.why_fixed
+REMOVE_REPLICA = Reservations.remove_replica
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "defect"),
     [
         (Replica, "bound_w", raise_before_confirm),
-        (feasibility, "why_fixed", forget_the_silent),
-        (ledger_world, "accept", obey_old_numbers),
-        (ledger_world, "fence", obey_old_managers),
+        (feasible_charges, "why_fixed", forget_the_silent),
+        (agent_core, "accept", obey_old_numbers),
+        (agent_core, "fence", obey_old_managers),
         (saved_state, "restore", restart_with_empty_books),
-        (Accounts, "remove_replica", leave_without_confirmation),
-        (Manager, "is_written", property(raises_go_before_the_disk)),
+        (Reservations, "remove_replica", leave_without_confirmation),
+        (Dispatch, "write", raises_go_before_the_disk),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pals_ray.control.ledger.charge import ChargeTerms
+from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Decision, Situation
 from pals_ray.control.replica.operating_point import decide
 from pals_ray.control.snapshot import Overhead

@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pals_ray.control.ledger.charge import ChargeTerms
-from pals_ray.control.replica.batch_sizes import graph_sizes
+from pals_ray.control.charge import ChargeTerms
+from pals_ray.control.replica.batch_choice import graph_sizes
 from pals_ray.control.replica.controller_state import ControllerState, Decision, Situation
 from pals_ray.control.replica.operating_point import decide
 from pals_ray.control.snapshot import Overhead

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from pals_ray.control.ledger.charge import ChargeTerms
+from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.replica_controller import ReplicaController
 from pals_ray.control.snapshot import Overhead
 from pals_ray.control.telemetry import LATENCY_S, RATE_S, Reading, TelemetryWindow

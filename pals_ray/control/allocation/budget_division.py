@@ -1,0 +1,96 @@
+"""Dividing a budget between replicas' menus: by priority class, minimum shares first, each class near its optimum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pals_ray.control.allocation.budget_tree import BudgetTree, IntArray
+from pals_ray.control.allocation.large_fleet_division import dual_bound, find_prices, round_up, surplus
+from pals_ray.control.allocation.menu_table import Division, MenuTable
+from pals_ray.control.allocation.small_fleet_division import solve_exactly
+
+#: Up to so many replicas are divided exactly (tens of ms).
+EXACT_REPLICAS = 64
+
+#: Divides budgets that hold the watts above everybody's first point between menus of one class.
+Solver = Callable[[MenuTable, BudgetTree], Division]
+
+
+def solve(menus: MenuTable, tree: BudgetTree) -> Division:
+    """The best division of one class: exact up to `EXACT_REPLICAS`, else within a step or so of each binding budget.
+
+    `tree.budget_w` is whole watts above the first points, none negative.
+    """
+    prices = find_prices(menus, tree)
+    net = surplus(menus, tree, prices.node)
+    bound = dual_bound(net, tree, prices.node)
+    index = round_up(menus, tree, prices.node, net, prices.index, bound)
+    if len(menus) <= EXACT_REPLICAS:
+        index = solve_exactly(menus, tree, prices.node, net, index)
+        value = float(menus.at(index)[1].sum())
+        return Division(index, value, value)
+    return Division(index, float(menus.at(index)[1].sum()), bound)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassDivision:
+    """What one priority class got: its total value, and the bound on it given the classes before it."""
+
+    priority: int
+    value: float
+    bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class FleetDivision:
+    """One point of each menu: `index` (n,), and what each class got, in order."""
+
+    index: IntArray
+    classes: tuple[ClassDivision, ...]
+
+
+def divide(
+    menus: MenuTable, tree: BudgetTree, priority: IntArray, floor: IntArray, solver: Solver = solve
+) -> FleetDivision:
+    """Divide the watts above the least charges: minimum shares first, then classes in order of their priority number.
+
+    `tree.budget_w` is whole watts above the least charges; where it is negative, everybody below stays at the first
+    point. `floor` (n,) is each replica's first point at its minimum share: a constraint while all of them fit, else
+    reached as far as possible, class by class.
+    """
+    short = (tree.members() & (tree.budget_w < 0)[:, None]).any(axis=0)
+    tree = replace(tree, budget_w=np.maximum(tree.budget_w, 0.0))
+    floor = np.where(short, 0, floor)
+    classes = [(number, np.flatnonzero((priority == number) & ~short)) for number in np.unique(priority).tolist()]
+    classes = [(number, mine) for number, mine in classes if len(mine)]
+    index = floor.copy()
+    if (tree.subtotals_w(menus.at(floor)[0]) > tree.budget_w).any():
+        index[:] = 0
+        for _, mine in classes:
+            index[mine] = _raise(menus, tree, index, mine, floor[mine], solver).index
+    results = []
+    for number, mine in classes:
+        division = _raise(menus, tree, index, mine, None, solver)
+        index[mine] = division.index
+        results.append(ClassDivision(number, division.value, division.bound))
+    return FleetDivision(index, tuple(results))
+
+
+def _raise(
+    menus: MenuTable, tree: BudgetTree, index: IntArray, mine: IntArray, ceiling: IntArray | None, solver: Solver
+) -> Division:
+    """Raise some replicas from their present points, no further than `ceiling`, while the others stay at theirs."""
+    left = tree.above(menus.at(index)[0]).of_rows(mine)
+    offered = menus.rows(mine) if len(mine) < len(menus) else menus
+    first = index[mine]
+    last = np.full(len(mine), menus.value.shape[1] - 1) if ceiling is None else ceiling
+    if first.any() or ceiling is not None:
+        point = np.clip(np.arange(menus.value.shape[1]), first[:, None], last[:, None])
+        rows = np.arange(len(mine))[:, None]
+        extra_w = offered.extra_w[rows, point]
+        offered = MenuTable(extra_w - extra_w[:, :1], offered.value[rows, point])
+    division = solver(offered, left)
+    return replace(division, index=np.clip(division.index, first, last))

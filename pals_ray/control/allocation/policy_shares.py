@@ -1,0 +1,212 @@
+"""From a snapshot and its models to shares: menus, their division, spare watts, and whether to move at all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pals_ray.control.allocation.budget_division import FleetDivision, Solver, divide, solve
+from pals_ray.control.allocation.budget_tree import BudgetTree, FloatArray, IntArray, bounds_w, fill_evenly
+from pals_ray.control.allocation.division_adoption import adoption
+from pals_ray.control.allocation.menu_table import MenuTable
+from pals_ray.control.allocation.replica_menu import (
+    BINDING,
+    HEADROOM,
+    VALUE_PER_W,
+    ReplicaMenu,
+    most_charge_w,
+    replica_menu,
+)
+from pals_ray.control.replica.prediction import MENU_CAPS, Surface, predict_range
+from pals_ray.control.snapshot import FleetSnapshot, ReplicaSnapshot, Share
+from pals_ray.models.power_model import PowerModel
+
+#: Share of its target under which a replica with requests waiting is in violation, as ARCHITECTURE.md's Words say.
+SERVED = 0.98
+#: A violation is repaired by a raise of at least this share of the present grant.
+LEAST_RAISE = 0.01
+#: What a budget that moved has to leave free, or take away, as a share of it, for the present division to be given up.
+FREE_SHARE = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class FleetMenus:
+    """All replicas' menus, in the snapshot's order, over the tree of budgets."""
+
+    replicas: tuple[ReplicaMenu, ...]
+    menus: MenuTable
+    tree: BudgetTree
+    least_w: FloatArray
+    most_w: FloatArray
+    priority: IntArray
+    floor: IntArray
+
+    @classmethod
+    def of(
+        cls, snapshot: FleetSnapshot, models: Mapping[str, PowerModel], pin_batch_limit: int | None = None
+    ) -> FleetMenus:
+        """MenuTable of a fleet of at least one replica; `models` by replica id, else by model name."""
+        targets = targets_tokens_per_s(snapshot)
+        surfaces: dict[tuple[int, float, float, int], Surface] = {}
+        menus = []
+        for r in snapshot.replicas:
+            model = models.get(r.replica_id, models.get(r.model))
+            if model is None:
+                menus.append(_unmodelled(r))
+                continue
+            key = (id(model), r.min_limit_w, r.max_limit_w, r.max_batch)
+            if key not in surfaces:
+                surfaces[key] = predict_range(model, r.min_limit_w, r.max_limit_w, r.max_batch)
+            menus.append(replica_menu(r, surfaces[key], targets[r.replica_id], pin_batch_limit))
+        least_w, _ = bounds_w(snapshot)
+        return cls(
+            tuple(menus),
+            MenuTable(np.array([m.extra_w for m in menus]), np.array([m.value for m in menus])),
+            BudgetTree.of(snapshot),
+            least_w,
+            least_w + np.array([m.most_extra_w for m in menus]),
+            np.array([r.target.priority for r in snapshot.replicas]),
+            np.array([m.floor for m in menus]),
+        )
+
+    def values_by_class(self, value: FloatArray) -> list[float]:
+        """Sums of the replicas' values (n,) by class, first class first."""
+        return [float(value[self.priority == number].sum()) for number in np.unique(self.priority)]
+
+    def worth(self, charge_w: FloatArray) -> FloatArray:
+        """(n,): each replica's best value within a charge (n,), W."""
+        within = self.menus.extra_w <= (charge_w - self.least_w)[:, None] + 1e-6
+        within[:, 0] = True
+        return np.asarray(np.where(within, self.menus.value, -np.inf).max(axis=1))
+
+
+def targets_tokens_per_s(snapshot: FleetSnapshot) -> dict[str, float | None]:
+    """Each replica's part of its model's target: by demand where that is known of all its replicas, else even."""
+    parts: dict[str, float | None] = {}
+    for model in {r.model for r in snapshot.replicas}:
+        serving = [r for r in snapshot.replicas if r.model == model and not r.parked]
+        known = [r.demand_tokens_per_s for r in serving if r.demand_tokens_per_s is not None]
+        by_demand = len(known) == len(serving) and sum(known) > 0
+        for r in serving:
+            whole = r.target.throughput_tokens_per_s
+            part = (r.demand_tokens_per_s or 0.0) / sum(known) if by_demand else 1 / len(serving)
+            parts[r.replica_id] = None if whole is None else whole * part
+    return {r.replica_id: parts.get(r.replica_id) for r in snapshot.replicas}
+
+
+def serving(snapshot: FleetSnapshot) -> dict[str, int]:
+    """By replica, how many replicas serve its model: parked ones do not."""
+    counts = Counter(r.model for r in snapshot.replicas if not r.parked)
+    return {r.replica_id: max(counts[r.model], 1) for r in snapshot.replicas}
+
+
+def violating(replica: ReplicaSnapshot, wanted_tokens_per_s: float) -> bool:
+    """Whether its last window was a violation: requests wait under 0.98 of the target, or a p99 is over its limit."""
+    seen, target = replica.telemetry, replica.target
+    short = seen.waiting > 0 and seen.throughput_tokens_per_s < SERVED * wanted_tokens_per_s
+    late = any(
+        limit_s is not None and seen_s is not None and seen_s > limit_s
+        for limit_s, seen_s in ((target.ttft_p99_s, seen.ttft.p99_s), (target.itl_p99_s, seen.itl.p99_s))
+    )
+    return short or (late and seen.running + seen.waiting > 0)
+
+
+def best_shares(
+    snapshot: FleetSnapshot,
+    models: Mapping[str, PowerModel],
+    solver: Solver = solve,
+    pin_batch_limit: int | None = None,
+    keep_present: bool = True,
+) -> dict[str, Share]:
+    """The best division by the models' menus; what nobody needs lies on top as spare, up to each one's most.
+
+    With `keep_present` the grants in force stay unless `adoption` says otherwise.
+    """
+    if not snapshot.replicas:
+        return {}
+    fleet = FleetMenus.of(snapshot, models, pin_batch_limit)
+    division = divide(fleet.menus, fleet.tree.above(fleet.least_w), fleet.priority, fleet.floor, solver)
+    extra_w, value = fleet.menus.at(division.index)
+    needed_w = fleet.least_w + extra_w
+    gpus = np.array([r.num_gpus for r in snapshot.replicas], dtype=float)
+    charge_w, _ = fill_evenly(fleet.tree, gpus, needed_w, np.maximum(fleet.most_w, needed_w))
+    grant_w = np.array([r.grant_w for r in snapshot.replicas])
+    why = "the optimum" if not keep_present else ""
+    if keep_present:
+        worse_off = grant_w * (1 + LEAST_RAISE) < charge_w
+        binds = np.array([r.telemetry.binding_share >= BINDING for r in snapshot.replicas])
+        at_grant = np.array([r.charge_w >= (1 - LEAST_RAISE) * r.grant_w for r in snapshot.replicas])
+        costly = (binds & (charge_w < grant_w)).any()
+        decided = adoption(
+            _forced(snapshot, fleet, grant_w),
+            [
+                r.replica_id
+                for r, m, more in zip(snapshot.replicas, fleet.replicas, worse_off.tolist(), strict=True)
+                if more and violating(r, m.wanted_tokens_per_s)
+            ],
+            fleet.values_by_class(fleet.worth(grant_w)),
+            fleet.values_by_class(value),
+            [snapshot.replicas[i].replica_id for i in np.flatnonzero(worse_off & binds & at_grant) if not costly],
+        )
+        if not decided.adopt:
+            return {r.replica_id: Share(r.grant_w, decided.reason) for r in snapshot.replicas}
+        why = decided.reason
+    near = _nearness(division)
+    return {
+        r.replica_id: Share(w, f"{_predicted(m, k)}, {w - n:.0f} W to spare; {why}; {near}")
+        for r, m, k, n, w in zip(
+            snapshot.replicas,
+            fleet.replicas,
+            division.index.tolist(),
+            needed_w.tolist(),
+            charge_w.tolist(),
+            strict=True,
+        )
+    }
+
+
+def _forced(snapshot: FleetSnapshot, fleet: FleetMenus, grant_w: FloatArray) -> str | None:
+    """What makes the grants in force untenable."""
+    over_w = fleet.tree.subtotals_w(grant_w) - fleet.tree.budget_w
+    if (over_w > 1e-6).any():
+        v = int(over_w.argmax())
+        return f"forced: {fleet.tree.names[v]}'s grants are {over_w[v]:.0f} W over its {fleet.tree.budget_w[v]:.0f} W"
+    least_w, most_w = bounds_w(snapshot)
+    outside = (grant_w < least_w - 1e-6) | (grant_w > most_w + 1e-6)
+    if outside.any():
+        return f"forced: {snapshot.replicas[int(outside.argmax())].replica_id} has no grant within its range"
+    free_w, much_w = -over_w[0], FREE_SHARE * fleet.tree.budget_w[0]
+    # While a budget rises by small steps, none of them gains as much as a new division has to.
+    if snapshot.budget_moved_w != 0.0 and free_w > much_w:
+        return f"forced: the budget has moved and leaves {free_w:.0f} W free"
+    # The ledger fits grants into a smaller budget at once and evenly, whoever needs them.
+    if snapshot.budget_moved_w < -much_w:
+        return f"forced: the budget fell by {-snapshot.budget_moved_w:.0f} W, and all grants with it"
+    return None
+
+
+def _predicted(menu: ReplicaMenu, k: int) -> str:
+    if np.isnan(menu.cap_w[k]):
+        return "no model yet: every watt of its range counts alike"
+    wanted = f"{menu.share[k]:.0%} of {menu.wanted_tokens_per_s:.4g} tokens/s"
+    return f"{wanted} predicted at {menu.cap_w[k]:.0f} W a GPU, batch {menu.batch_limit[k]:.0f}"
+
+
+def _nearness(division: FleetDivision) -> str:
+    value, bound = (sum(getattr(c, name) for c in division.classes) for name in ("value", "bound"))
+    return f"within {max(bound - value, 0.0) / max(abs(bound), 1e-9):.2%} of the optimum"
+
+
+def _unmodelled(replica: ReplicaSnapshot) -> ReplicaMenu:
+    """Without a model every watt up to its natural draw counts alike."""
+    natural_w = replica.natural_draw_w or replica.num_gpus * replica.max_limit_w / (1 + HEADROOM)
+    most_extra_w = float(np.floor(most_charge_w(replica, natural_w) - replica.least_charge_w))
+    share = np.linspace(0.0, 1.0, MENU_CAPS)
+    extra_w = np.floor(share * most_extra_w)
+    value = replica.target.weight * share - VALUE_PER_W * (replica.least_charge_w + extra_w)
+    floor = int(np.searchsorted(extra_w, min(replica.target.burst_floor_w - replica.least_charge_w, most_extra_w)))
+    unknown = np.full(len(share), np.nan)
+    return ReplicaMenu(extra_w, value, share, unknown, unknown, floor, most_extra_w, np.inf)
