@@ -35,8 +35,7 @@ def source_line(source: BudgetSource) -> Text:
 
 def target_text(target: Target) -> str:
     """What is wanted of a model, in a few words."""
-    wanted = target.throughput_tokens_per_s
-    parts = ["all demand" if wanted is None else f"{wanted:g} tok/s"]
+    parts = [_throughput(target)]
     parts += [
         f"{name} p99 within {_latency(limit_s)}"
         for name, limit_s in (("TTFT", target.ttft_p99_s), ("ITL", target.itl_p99_s))
@@ -47,6 +46,11 @@ def target_text(target: Target) -> str:
     if target.min_share:
         parts.append(f"minimum share {target.min_share:.0%}")
     return ", ".join(parts)
+
+
+def _throughput(target: Target) -> str:
+    wanted = target.throughput_tokens_per_s
+    return "all demand" if wanted is None else f"{wanted:g} tok/s"
 
 
 def status_view(status: FleetStatus) -> RenderableType:
@@ -68,16 +72,14 @@ def _facts(status: FleetStatus) -> Text:
 
 
 def _replica(replica: ReplicaStatus) -> Text:
-    seen = replica.telemetry
-    wanted = replica.target.throughput_tokens_per_s
-    target = "all demand" if wanted is None else f"{wanted:g} tok/s"
-    text = Text()
+    seen, text = replica.telemetry, Text()
     text.append(f"\n{replica.replica_id}", style="bold")
     text.append(f"  {replica.state}, {replica.num_gpus} GPU on node {replica.node_id[:8]}\n")
     text.append(
         f"  cap {_number(replica.cap_w, '.0f')} W/GPU, batch limit {_number(replica.batch_limit, 'd')} of "
         f"{replica.max_batch} | running {seen.running}, waiting {seen.waiting} | "
-        f"{seen.throughput_tokens_per_s:.0f} tok/s of {target}, {_number(replica.tokens_per_joule, '.2f')} tok/J\n"
+        f"{seen.throughput_tokens_per_s:.0f} tok/s of {_throughput(replica.target)}, "
+        f"{_number(replica.tokens_per_joule, '.2f')} tok/J\n"
         f"  TTFT {_percentiles(seen.ttft, replica.target.ttft_p99_s)} | "
         f"ITL {_percentiles(seen.itl, replica.target.itl_p99_s)} | "
         f"draws {seen.power_w:.0f} W {replica.provenance} of {replica.charge_w:.0f} W charged, "

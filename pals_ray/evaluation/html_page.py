@@ -32,7 +32,7 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def setup_lines(scenario: Scenario, trace: str) -> list[str]:
-    """What was run, in sentences; the same in the page and in the docs."""
+    """What was run, in sentences."""
     overhead, limits = scenario.overhead, scenario.limits
     return [
         f"Requests: {trace}; arrivals: {scenario.trace.arrivals}; {scenario.duration_s:g} s simulated.",
@@ -45,7 +45,7 @@ def setup_lines(scenario: Scenario, trace: str) -> list[str]:
 
 
 def html_report(scenario: Scenario, trace: str, summary: Json, pictures: Sequence[tuple[str, Path]]) -> str:
-    """The page; pictures (title, PNG) are inside it."""
+    """The page, with the pictures (title, PNG) inside it."""
     head, rows = case_rows(summary["cases"])
     parts = [
         f"<h1>{escape(scenario.name)}</h1>",

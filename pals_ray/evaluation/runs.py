@@ -22,7 +22,7 @@ from pals_ray.evaluation.cases import (
     full_charge_w,
     requests_for,
 )
-from pals_ray.evaluation.simulated_profile import profiled, prompt_share, roofline
+from pals_ray.evaluation.simulated_profile import full_tokens_per_s, profiled, prompt_share, roofline
 from pals_ray.models.specs import find_gpu
 from pals_ray.simulation.oracle import Limits, candidates
 from pals_ray.simulation.results.figures import Figures, counts_as_gain, figures, model_figures, regulation_figures
@@ -38,9 +38,9 @@ from policies import uniform
 SATURATED_S, FILLING_S = 240.0, 120.0
 #: Batch limits that `power_only_best` is tuned over, up to the start batch.
 TUNED_BATCHES = (8, 16, 32, 48, 64, 128, 256)
-#: So many of the oracle's points are confirmed in the simulator.
+#: How many of the oracle's points are confirmed in the simulator.
 CONFIRMED = 5
-#: Seeds of different models' requests lie so far apart.
+#: The seeds of a run's models begin at its seed times this.
 _SEED_STRIDE = 1000
 
 
@@ -57,7 +57,7 @@ class Run:
 class CaseRuns:
     """All runs of one case; each is made once. `tick` is called before each with what it is.
 
-    `requests(seed)`, `limited(seed)` and `static(seed)` are the remembered results of the methods with an underscore.
+    `requests`, `limited` and `static` remember by seed what `_requests`, `_limited` and `_static` give.
     """
 
     def __init__(self, case: Case, lengths: Trace, folder: Path, tick: Callable[[str], None] = lambda _: None) -> None:
@@ -80,10 +80,8 @@ class CaseRuns:
         points = self._reference_points()
         fleet, offered = fixed_at(self.fleet, points), {}
         for number, model in enumerate(fleet.models):
-            point = points[model.name]
             replicas = sum(node.replicas.count(model.name) for node in fleet.nodes)
-            guess = roofline(model).predict(point.cap_w, point.batch_limit)
-            rate = SATURATION * replicas * float(guess.throughput_tokens_per_s)
+            rate = SATURATION * replicas * full_tokens_per_s(model, points[model.name])
             offered[model.name] = self._poisson(rate, SATURATED_S, number)
         self._tick("saturated")
         result = simulate(self._setting(fleet, uniform.allocate, 0, SATURATED_S), offered)
@@ -164,17 +162,16 @@ class CaseRuns:
     def oracle(self) -> tuple[OperatingPoint, list[Run]]:
         """The best fixed point of the fleet's one model that keeps the limits, and its runs.
 
-        The best points on the steady-state physics are confirmed in the simulator on every seed, where one fails at
-        the least higher cap that does not (queues and bursts are the simulator's). `static` itself is always one.
+        The best points by the steady-state physics are confirmed on every seed in the simulator, which has queues and
+        bursts; of one that fails there, the lowest higher cap that does not is taken. `static` is always a candidate.
         """
         (model,) = self.fleet.models
         node = self.fleet.nodes[0]
         replicas = sum(n.replicas.count(model.name) for n in self.fleet.nodes)
         demand = (self.case.load or 0.0) * self.capacity_tokens_per_s[model.name] / replicas
         limits = Limits(self.case.scenario.limits.itl_p99, self.case.scenario.limits.ttft_p99)
-        truth = roofline(model)
         best = self._top_points()[model.name], [self.static(seed) for seed in self.case.scenario.seeds]
-        found = candidates(truth, model.max_batch, demand, limits, node.overhead, node.num_gpus)
+        found = candidates(roofline(model), model.max_batch, demand, limits, node.overhead, node.num_gpus)
         for candidate in found[:CONFIRMED]:
             best = self._confirmed(candidate.point, _efficiency(best[1])) or best
         return best

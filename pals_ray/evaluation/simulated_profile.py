@@ -33,14 +33,16 @@ def roofline(model: SimModel) -> RooflineModel:
     return RooflineModel(model.physics, model.workload, step_tokens=model.step_tokens)
 
 
+def full_tokens_per_s(model: SimModel, point: OperatingPoint) -> float:
+    """Output tokens/s of one replica with a full batch at a point, by the roofline."""
+    return float(roofline(model).predict(point.cap_w, point.batch_limit).throughput_tokens_per_s)
+
+
 def prompt_share(model: SimModel, point: OperatingPoint) -> float:
     """Share of a full engine's time that prompts take, by the roofline: twice what half as long ones would save."""
     work = model.workload
     shorter = replace(model, workload=replace(work, prompt_tokens=work.prompt_tokens / 2.0))
-    whole, half = (
-        float(roofline(asked).predict(point.cap_w, point.batch_limit).throughput_tokens_per_s)
-        for asked in (model, shorter)
-    )
+    whole, half = full_tokens_per_s(model, point), full_tokens_per_s(shorter, point)
     return min(max(2.0 * (1.0 - whole / half), 0.0), 1.0)
 
 
@@ -75,10 +77,8 @@ def _measured(model: SimModel, lengths: Trace, point: OperatingPoint) -> tuple[f
     gpus = model.parallelism.num_gpus
     alone = replace(model, fixed=point, target=Target())
     node = SimNode("profile", model.gpu, gpus, (model.name,))
-    expected = roofline(model).predict(point.cap_w, point.batch_limit)
-    offered = requests_for(
-        LoadSpec(ramp_s=0.0), "poisson", lengths, SATURATION * float(expected.throughput_tokens_per_s), POINT_S, _SEED
-    )
+    rate = SATURATION * full_tokens_per_s(model, point)
+    offered = requests_for(LoadSpec(ramp_s=0.0), "poisson", lengths, rate, POINT_S, _SEED)
     budget = ConstantBudget(gpus * find_gpu(model.gpu).max_limit_w)
     setting = SimSetting(SimFleet((node,), (alone,)), budget, uniform.allocate, POINT_S)
     result = simulate(setting, {model.name: offered})

@@ -146,9 +146,8 @@ async def measure(
 ) -> ProfileSample:
     """Measure one point under a load of as many requests as the batch limit. Raises `MeasuringError`, `HoldRefused`.
 
-    `tell` is told how far it is: the share that is done, and what is waited for.
     Readings count from when every sequence of the batch has had its first token, while the point is in force and
-    nobody else's request runs.
+    nobody else's request runs. `tell` is called with the share that is done and what is waited for.
     """
     await replica.idle()
     await replica.hold(point)
