@@ -21,7 +21,7 @@ from pals_ray.gpus.gpu_protocol import (
     GpuRangeError,
 )
 from pals_ray.gpus.virtual import NoFreeGpuError, VirtualDriver, VirtualGpu, effective_caps_w
-from pals_ray.gpus.virtual_block import lock_path
+from pals_ray.gpus.virtual_block import gpu_block_path, lock_path
 from pals_ray.models.physics.cap_settling import settled_cap_w
 from pals_ray.models.specs import GPUS, UnknownSpecError
 from pals_ray.processes import identify
