@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Annotated
 
 import numpy as np
-import typer
-from rich.console import Console
-from rich.table import Table
 
 from pals_ray.control.allocation.budget_division import divide
 from pals_ray.control.allocation.budget_tree import BudgetTree, FloatArray, IntArray
 from pals_ray.control.allocation.menu_table import MenuTable
+from pals_ray.plots.tables import Report, table
 from policies import exact
 
 POINTS = 200
@@ -57,7 +53,7 @@ KINDS: dict[str, Curve] = {"noisy concave": noisy_concave, "cliff": cliff, "clip
 
 
 def make_menus(curve: Curve, n: int, rng: np.random.Generator) -> MenuTable:
-    """MenuTable of `POINTS` points at uneven watts, for replicas on one to eight GPUs of ranges of 200 to 800 W."""
+    """Menus of `POINTS` points at uneven watts, for replicas on one to eight GPUs of ranges of 200 to 800 W."""
     gpu_range_w = rng.choice([200.0, 300.0, 500.0, 800.0], (n, 1)) * rng.uniform(0.8, 1.0, (n, 1))
     range_w = np.round(rng.choice([1, 2, 4, 8], (n, 1)) * gpu_range_w)
     extra_w = np.sort(np.round(rng.uniform(0, 1, (n, POINTS)) * range_w), axis=1)
@@ -119,42 +115,34 @@ def compare_with_exact(instances: int = SMALL_INSTANCES) -> Timing:
     return _time("all three", drawn, lambda menus, tree: exact.solve(menus, tree).value)
 
 
-def allocator(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the tables.")] = False,
-) -> None:
-    """Time the division of a budget over 100 to 10,000 replicas, and measure its distance from the optimum."""
+def run() -> Report:
+    """Time the division over 100 to 10,000 replicas, and measure its distance from the optimum."""
     timings = [time_division(kind, n) for n in SIZES for kind in KINDS]
     small = compare_with_exact()
-    if as_json:
-        print(json.dumps(figures(timings, small)))
-        return
-    console = Console()
-    table = Table(title=f"Dividing a budget: menus of {POINTS} points, 12 nested domains, {CALLS} calls each")
-    for header in ("replicas", "menus", "ms median", "ms worst", "CPU ms median", "dual gap median", "dual gap worst"):
-        table.add_column(header, justify="left" if header == "menus" else "right")
-    for t in timings:
-        table.add_row(f"{t.replicas:,}", t.kind, *_times(t), f"{np.median(t.gap):.4%}", f"{t.gap.max():.4%}")
-    console.print(table)
-    table = Table(title=f"Against the optimum: {len(small.ms)} instances of {small.replicas} replicas")
-    for header in ("ms median", "ms worst", "CPU ms median", "gap mean", "gap worst"):
-        table.add_column(header, justify="right")
-    table.add_row(*_times(small), f"{small.gap.mean():.4%}", f"{small.gap.max():.4%}")
-    console.print(table)
+    large = table(
+        ("replicas", "menus", "ms median", "ms worst", "CPU ms median", "dual gap median", "dual gap worst"),
+        ((f"{t.replicas:,}", t.kind, *_times(t), f"{np.median(t.gap):.4%}", f"{t.gap.max():.4%}") for t in timings),
+        left=("menus",),
+        title=f"Dividing a budget: menus of {POINTS} points, 12 nested domains, {CALLS} calls each",
+    )
+    exactly = table(
+        ("ms median", "ms worst", "CPU ms median", "gap mean", "gap worst"),
+        [(*_times(small), f"{small.gap.mean():.4%}", f"{small.gap.max():.4%}")],
+        title=f"Against the optimum: {len(small.ms)} instances of {small.replicas} replicas",
+    )
+    return Report(figures(timings, small), large, exactly)
 
 
 def figures(timings: list[Timing], small: Timing) -> dict[str, float]:
     """The figures of the JSON object: the worst kind at 1,000 and 10,000; gaps as fractions."""
 
-    def worst(n: int, figure: Callable[[Timing], float]) -> float:
-        return max(figure(t) for t in timings if t.replicas == n)
+    def worst(n: int, name: str, statistic: Callable[[FloatArray], float] = np.median) -> float:
+        return max(float(statistic(getattr(t, name))) for t in timings if t.replicas == n)
 
     return {
-        "ms_1000": worst(1_000, lambda t: float(np.median(t.ms))),
-        "ms_10000": worst(10_000, lambda t: float(np.median(t.ms))),
-        "cpu_ms_1000": worst(1_000, lambda t: float(np.median(t.cpu_ms))),
-        "cpu_ms_10000": worst(10_000, lambda t: float(np.median(t.cpu_ms))),
-        "dual_gap_1000": worst(1_000, lambda t: float(np.median(t.gap))),
-        "dual_gap_1000_max": worst(1_000, lambda t: float(t.gap.max())),
+        **{f"{name}_{n}": worst(n, name) for name in ("ms", "cpu_ms") for n in (1_000, 10_000)},
+        "dual_gap_1000": worst(1_000, "gap"),
+        "dual_gap_1000_max": worst(1_000, "gap", np.max),
         "gap_mean": float(small.gap.mean()),
         "gap_max": float(small.gap.max()),
         "ms_12_max": float(small.ms.max()),

@@ -6,74 +6,53 @@ FACTS says of capped GPUs; V100 takes H100's serving constants and its power law
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from pals_ray.bench.measured_data import Curve, load_gridpilot_e1, load_mlenergy
 from pals_ray.models.physics.constants import SiliconConstants
 from pals_ray.models.physics.roofline import RooflineModel
 from pals_ray.models.physics.step_cost import GroupPhysics, StepWork
 from pals_ray.models.power_model import FloatArray
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
 
-# Where the fit starts, and how far a constant may plausibly lie from there (std of its log).
-_START = SiliconConstants(
-    memory_efficiency=0.8,
-    compute_efficiency=0.7,
-    overlap=3.0,
-    fabric_knee=0.5,
-    fabric_sharpness=4.0,
-    activation_passes=25.0,
-    step_overhead_s=1e-3,
-    layer_overhead_s=30e-6,
-    prefill_layer_overhead_s=100e-6,
-    expert_layer_overhead_s=100e-6,
-    sequence_overhead_s=40e-6,
-    all_reduce_latency_s=15e-6,
-    link_efficiency=0.6,
-    expert_imbalance=1.3,
-    clock_exponent=2.4,
-    active_power=0.1,
-    busy_power=0.15,
-    compute_power=0.8,
-    fabric_power=0.3,
-    dram_power=0.2,
-    occupancy_power=0.2,
-    cap_margin=0.025,
-)
-_SPREAD = {
-    "memory_efficiency": 0.08,
-    "compute_efficiency": 0.1,
-    "overlap": 0.15,
-    "fabric_knee": 0.15,
-    "activation_passes": 0.4,
-    "step_overhead_s": 0.5,
-    "layer_overhead_s": 0.4,
-    "prefill_layer_overhead_s": 0.4,
-    "expert_layer_overhead_s": 0.4,
-    "sequence_overhead_s": 0.5,
-    "all_reduce_latency_s": 0.4,
-    "link_efficiency": 0.2,
-    "expert_imbalance": 0.15,
-    "clock_exponent": 0.1,
-    "active_power": 0.4,
-    "busy_power": 0.3,
-    "compute_power": 0.3,
-    "fabric_power": 0.3,
-    "dram_power": 0.3,
-    "occupancy_power": 0.5,
+# Where the fit starts, and how far a constant may plausibly lie from there (std of its log; None: not fitted).
+_PRIOR: dict[str, tuple[float, float | None]] = {
+    "memory_efficiency": (0.8, 0.08),
+    "compute_efficiency": (0.7, 0.1),
+    "overlap": (3.0, 0.15),
+    "fabric_knee": (0.5, 0.15),
+    "fabric_sharpness": (4.0, None),
+    "activation_passes": (25.0, 0.4),
+    "step_overhead_s": (1e-3, 0.5),
+    "layer_overhead_s": (30e-6, 0.4),
+    "prefill_layer_overhead_s": (100e-6, 0.4),
+    "expert_layer_overhead_s": (100e-6, 0.4),
+    "sequence_overhead_s": (40e-6, 0.5),
+    "all_reduce_latency_s": (15e-6, 0.4),
+    "link_efficiency": (0.6, 0.2),
+    "expert_imbalance": (1.3, 0.15),
+    "clock_exponent": (2.4, 0.1),
+    "active_power": (0.1, 0.4),
+    "busy_power": (0.15, 0.3),
+    "compute_power": (0.8, 0.3),
+    "fabric_power": (0.3, 0.3),
+    "dram_power": (0.2, 0.3),
+    "occupancy_power": (0.2, 0.5),
+    "cap_margin": (0.025, None),
 }
+_START = SiliconConstants(**{name: start for name, (start, _) in _PRIOR.items()})
+_SPREAD = {name: spread for name, (_, spread) in _PRIOR.items() if spread is not None}
 _FITTED = tuple(_SPREAD)
 _CAP_LAW = ("clock_exponent", "active_power", "busy_power", "occupancy_power", "compute_power", "fabric_knee")
 _POWER_LAW = (*(name for name in _FITTED if name.endswith("_power")), "fabric_knee", "clock_exponent")
-# A GPU type's own deviation from the common constants, as a share of the spread: hosts and kernels are alike, chips are
-# not, so powers may differ as far as they may lie from the start.
+# How far a GPU type may deviate from the common constants, as a share of the spread: less for constants of hosts and
+# kernels, which are alike everywhere, and the whole spread for powers, since chips differ.
 _DEVIATION = np.array([1.0 if name.endswith("_power") else 0.4 for name in _FITTED])
 _ITERATIONS = 10
 _STEP = 1e-3
@@ -90,49 +69,6 @@ COMPUTE_BOUND = StepWork(prefill_tokens=8192, prefill_context_tokens=512)
 #: FACTS, B200 decoding a 235B MoE: cap (W) -> share of uncapped throughput.
 B200_CAPS_W = (430.0, 350.0)
 B200_THROUGHPUT = (0.99, 0.64)
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """One served configuration of the ML.ENERGY file, swept over batch: arrays by batch."""
-
-    model_id: str
-    family: str
-    gpu: str
-    num_gpus: int
-    parallelism: Parallelism
-    batch: FloatArray
-    throughput_tokens_per_s: FloatArray
-    power_w: FloatArray
-    itl_p50_s: FloatArray
-
-
-def load_mlenergy(path: Path) -> list[Curve]:
-    """The ML.ENERGY file as curves; several rows of one batch are averaged."""
-    rows: dict[tuple[Any, ...], dict[int, list[tuple[float, float, float]]]] = {}
-    for c in json.loads(path.read_text())["configurations"]:
-        key = (c["model_id"], c["gpu_model"], c["num_gpus"], c["tensor_parallel"], c["expert_parallel"])
-        values = (c["output_throughput_tokens_per_sec"], c["avg_power_watts"], c["median_itl_ms"] / 1e3)
-        rows.setdefault(key, {}).setdefault(c["max_num_seqs"], []).append(values)
-    curves = []
-    for (model_id, gpu, num_gpus, tensor, expert), by_batch in sorted(rows.items()):
-        batches = sorted(by_batch)
-        mean = np.array([np.mean(by_batch[b], axis=0) for b in batches])
-        parallelism = Parallelism(tensor, expert)
-        curves.append(
-            Curve(
-                model_id,
-                find_model(model_id).family,
-                find_gpu(gpu).name,
-                num_gpus,
-                parallelism,
-                np.array(batches, dtype=np.float64),
-                mean[:, 0],
-                mean[:, 1],
-                mean[:, 2],
-            )
-        )
-    return curves
 
 
 def log_errors(constants: SiliconConstants, curves: Sequence[Curve]) -> FloatArray:
@@ -173,7 +109,7 @@ def b200_capped(constants: SiliconConstants) -> FloatArray:
 
 
 def _robust(standardised: FloatArray) -> FloatArray:
-    """Pseudo-Huber: squares near zero, magnitudes far out."""
+    """Pseudo-Huber loss as a residual: squares near zero, magnitudes far out."""
     return np.asarray(np.sign(standardised) * np.sqrt(2.0 * (np.sqrt(1.0 + standardised**2) - 1.0)))
 
 
@@ -184,7 +120,7 @@ def _moved(start: SiliconConstants, names: Sequence[str], x: FloatArray) -> Sili
 
 
 def _cap_residuals(gpu: str, c: SiliconConstants) -> FloatArray:
-    """Few points against hundreds, but direct ones of the cap's law: their tolerance gives them about as much say."""
+    """Errors on capped measurements: few against hundreds, so tight tolerances give them about as much weight."""
     if gpu == "H100-SXM":
         clocks, share = h100_capped(c)
         by_clock = np.log(clocks / np.array(H100_CLOCKS_MHZ)) / np.array([0.06, *[0.01] * 5])
@@ -193,7 +129,7 @@ def _cap_residuals(gpu: str, c: SiliconConstants) -> FloatArray:
 
 
 def _residuals(gpu: str, curves: Sequence[Curve]) -> Callable[[SiliconConstants], FloatArray]:
-    # The constants are for families nobody has seen yet: each family counts alike, however many rows it has.
+    # The constants must suit families not seen yet, so each family weighs the same, however many rows it has.
     points = {f: sum(len(c.batch) for c in curves if c.family == f) for f in {c.family for c in curves}}
     mean_points = sum(points.values()) / max(len(points), 1)
     weight = np.concatenate(
@@ -248,7 +184,7 @@ def fit_serving(curves: Sequence[Curve]) -> dict[str, SiliconConstants]:
 
 
 def fit_cap_law(gpu: str, serving: SiliconConstants) -> SiliconConstants:
-    """What only capped measurements tell, fitted to them alone while decode's natural draw stays as it was."""
+    """Fits the constants of the cap law to the capped measurements alone, keeping the natural draw of decode."""
 
     def natural(c: SiliconConstants) -> FloatArray:
         physics = GroupPhysics(find_gpu(gpu), find_model("Llama-3.1-8B"), Parallelism(), c)
@@ -274,23 +210,9 @@ def _gauss_newton(f: Callable[[FloatArray], FloatArray], size: int) -> FloatArra
     return x
 
 
-#: What stands in for GridPilot's kernels on the virtual V100: a long prompt, and decoding a small batch.
+#: The steps of the virtual V100 compared to GridPilot's kernels: a long prompt, and decoding a small batch.
 V100_COMPUTE = StepWork(prefill_tokens=8192, prefill_context_tokens=512)
 V100_MEMORY = StepWork(decode_seqs=8, kv_tokens=8 * 512)
-
-
-def load_gridpilot_e1(path: Path) -> dict[str, list[tuple[float, float, float]]]:
-    """E1 by kernel: (mean SM clock MHz, mean W, iterations/s) of each (cap, locked clock), but for 405 MHz.
-
-    At 405 MHz the memory clock falls too, which no cap in the range brings about.
-    """
-    out: dict[str, list[tuple[float, float, float]]] = {}
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            if float(row["sm_target_mhz"]) > 405.0:
-                point = (float(row["sm_mean_mhz"]), float(row["power_mean_w"]), float(row["iters_per_s"]))
-                out.setdefault(row["workload"], []).append(point)
-    return out
 
 
 def fit_v100(serving: SiliconConstants, e1: Mapping[str, Sequence[tuple[float, float, float]]]) -> SiliconConstants:
@@ -307,7 +229,7 @@ def fit_v100(serving: SiliconConstants, e1: Mapping[str, Sequence[tuple[float, f
             parts.append(np.log(steps[:, 1] / points[:, 1]) / 0.03)
             rate = np.log(1.0 / steps[:, 0] / points[:, 2])
             parts.append((rate - rate.mean()) / 0.03)
-        # A part of another generation: the power law may lie further from H100's than the spread.
+        # V100 is of another generation, so its power law may deviate from H100's by four times the spread.
         return np.concatenate([*parts, x / 4.0])
 
     return _moved(serving, _POWER_LAW, _gauss_newton(f, len(_POWER_LAW)))
@@ -333,7 +255,7 @@ def render(table: Mapping[str, SiliconConstants], provenance: Mapping[str, str])
     """The text of `silicon_constants.json`."""
     rows = [
         {"gpu": name, "provenance": provenance[name]}
-        | {key: float(f"{value:.4g}") for key, value in asdict(constants).items()}
+        | {key: json.loads(f"{value:.4g}") for key, value in asdict(constants).items()}
         for name, constants in table.items()
     ]
     return json.dumps(rows, indent=2) + "\n"

@@ -1,19 +1,20 @@
-"""Other people's measurements (`../shared/data`, see its README), as tables that models are fitted to and judged on."""
+"""Reads published measurements (`../shared/data`, see its README) into tables to fit and test models on."""
 
 from __future__ import annotations
 
 import csv
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pals_ray.bench.calibrate import Curve
 from pals_ray.models.fitting.sample_checks import SampleTable
 from pals_ray.models.power_model import FloatArray
-from pals_ray.models.specs import find_gpu
+from pals_ray.models.specs import Parallelism, find_gpu, find_model
 
 #: Throughput in Zeus's files is one over the time of an epoch; only ratios within a group mean anything.
 _ZEUS_MIN_CELLS = 20
@@ -37,11 +38,68 @@ def zeus_groups(folder: Path) -> Iterator[tuple[str, SampleTable]]:
             yield f"{gpu.upper()} {dataset} {network}", table
 
 
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One served configuration of the ML.ENERGY file, swept over batch: arrays by batch."""
+
+    model_id: str
+    family: str
+    gpu: str
+    num_gpus: int
+    parallelism: Parallelism
+    batch: FloatArray
+    throughput_tokens_per_s: FloatArray
+    power_w: FloatArray
+    itl_p50_s: FloatArray
+
+
+def load_mlenergy(path: Path) -> list[Curve]:
+    """The ML.ENERGY file as curves; several rows of one batch are averaged."""
+    rows: dict[tuple[Any, ...], dict[int, list[tuple[float, float, float]]]] = {}
+    for c in json.loads(path.read_text())["configurations"]:
+        key = (c["model_id"], c["gpu_model"], c["num_gpus"], c["tensor_parallel"], c["expert_parallel"])
+        values = (c["output_throughput_tokens_per_sec"], c["avg_power_watts"], c["median_itl_ms"] / 1e3)
+        rows.setdefault(key, {}).setdefault(c["max_num_seqs"], []).append(values)
+    curves = []
+    for (model_id, gpu, num_gpus, tensor, expert), by_batch in sorted(rows.items()):
+        batches = sorted(by_batch)
+        mean = np.array([np.mean(by_batch[b], axis=0) for b in batches])
+        parallelism = Parallelism(tensor, expert)
+        curves.append(
+            Curve(
+                model_id,
+                find_model(model_id).family,
+                find_gpu(gpu).name,
+                num_gpus,
+                parallelism,
+                np.array(batches, dtype=np.float64),
+                mean[:, 0],
+                mean[:, 1],
+                mean[:, 2],
+            )
+        )
+    return curves
+
+
 def curve_table(curve: Curve) -> SampleTable:
     """One ML.ENERGY curve as a table at the GPU's default limit."""
     cap_w = np.full(len(curve.batch), find_gpu(curve.gpu).default_limit_w)
     latency = {"itl_p50_s": curve.itl_p50_s}
     return SampleTable(cap_w, curve.batch, curve.throughput_tokens_per_s, curve.power_w, curve.num_gpus, latency)
+
+
+def load_gridpilot_e1(path: Path) -> dict[str, list[tuple[float, float, float]]]:
+    """E1 by kernel: (mean SM clock MHz, mean W, iterations/s) of each (cap, locked clock), but for 405 MHz.
+
+    At 405 MHz the memory clock falls too, which no cap in the range brings about.
+    """
+    out: dict[str, list[tuple[float, float, float]]] = {}
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            if float(row["sm_target_mhz"]) > 405.0:
+                point = (float(row["sm_mean_mhz"]), float(row["power_mean_w"]), float(row["iters_per_s"]))
+                out.setdefault(row["workload"], []).append(point)
+    return out
 
 
 def gridpilot_caps(path: Path) -> Iterator[tuple[str, SampleTable]]:

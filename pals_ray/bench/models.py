@@ -19,19 +19,26 @@ from pals_ray.bench.calibrate import (
     H100_CAPS_W,
     H100_CLOCKS_MHZ,
     H100_THROUGHPUT,
-    Curve,
     fit_serving,
     h100_capped,
-    load_mlenergy,
     log_errors,
 )
-from pals_ray.bench.measured_data import StepResponse, curve_table, gridpilot_caps, gridpilot_steps, zeus_groups
+from pals_ray.bench.measured_data import (
+    Curve,
+    StepResponse,
+    curve_table,
+    gridpilot_caps,
+    gridpilot_steps,
+    load_mlenergy,
+    zeus_groups,
+)
 from pals_ray.models.fitting.accuracy import evaluate_chosen, leave_batches_out
 from pals_ray.models.fitting.fit import Posterior
 from pals_ray.models.fitting.fitted_surface import fit_surface
 from pals_ray.models.fitting.sample_checks import SampleTable
+from pals_ray.models.physics.cap_settling import settled_cap_w
 from pals_ray.models.physics.constants import CONSTANTS, provenance_of
-from pals_ray.models.physics.step_cost import GroupPhysics, StepWork, settled_cap_w
+from pals_ray.models.physics.step_cost import GroupPhysics, StepWork
 from pals_ray.models.power_model import FloatArray
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
 
@@ -61,17 +68,6 @@ class BatchErrors:
     ours: dict[str, FloatArray]
     logistic: dict[str, FloatArray]
     forest: dict[str, FloatArray]
-
-
-@dataclass(frozen=True, slots=True)
-class PriorErrors:
-    """Absolute relative errors per point by left-out family: rows throughput, power, median ITL."""
-
-    by_family: dict[str, FloatArray]
-
-    def all(self) -> FloatArray:
-        """Every point, shape 3 x points."""
-        return np.concatenate(list(self.by_family.values()), axis=1)
 
 
 def _forest(train: SampleTable, test: SampleTable) -> tuple[float, float]:
@@ -153,14 +149,17 @@ def batch_errors(curves: Sequence[Curve], with_baselines: bool = True) -> BatchE
     )
 
 
-def prior_errors(curves: Sequence[Curve], families: Iterable[str] | None = None) -> PriorErrors:
-    """The roofline prior on families (all, unless named) that its constants were not fitted to."""
+def prior_errors(curves: Sequence[Curve], families: Iterable[str] | None = None) -> dict[str, FloatArray]:
+    """Absolute relative errors of the roofline prior on families (all, unless named) left out of its fit.
+
+    By family: rows throughput, power, median ITL; a column per point.
+    """
     out = {}
     for family in sorted({c.family for c in curves}) if families is None else families:
         constants = fit_serving([c for c in curves if c.family != family])
         parts = [log_errors(constants[c.gpu], [c]) for c in curves if c.family == family]
         out[family] = np.abs(np.exp(np.concatenate(parts, axis=1)) - 1.0)
-    return PriorErrors(out)
+    return out
 
 
 def cap_law_errors(path: Path) -> dict[str, tuple[FloatArray, FloatArray]]:
@@ -247,12 +246,12 @@ def _batch_section(errors: BatchErrors) -> list[str]:
     ]
 
 
-def _prior_section(errors: PriorErrors) -> list[str]:
+def _prior_section(errors: dict[str, FloatArray]) -> list[str]:
     def row(name: str, e: FloatArray) -> list[str]:
         return [name, str(e.shape[1]), *_percent(np.median(e, axis=1)), *_percent(np.percentile(e, 90, axis=1))]
 
-    body = [row(family, e) for family, e in errors.by_family.items()]
-    body.append(row("**all**", errors.all()))
+    body = [row(family, e) for family, e in errors.items()]
+    body.append(row("**all**", np.concatenate(list(errors.values()), axis=1)))
     head = ["left-out family", "points", "T median", "P median", "ITL median", "T 90th", "P 90th", "ITL 90th"]
     return ["### The prior on families it has never seen (ML.ENERGY)", "", *_table(head, body)]
 

@@ -1,34 +1,32 @@
 """`pals bench overhead`: what pals-ray costs an engine, against plain Ray Serve LLM on the same machine.
 
 Both serve the same tiny model, side by side on one cluster, and are loaded in turn: a pair's runs take turns of some
-seconds, since the speed of a shared host drifts by more within minutes than what is looked for. On our side nothing is
-paced: the worker holds its virtual GPU, and computes as vLLM's own. While the plain side is loaded, manager, agent and
-guardian are stopped (SIGSTOP), so that none of their work falls on it.
+seconds, since the speed of a shared host drifts within minutes by more than the difference looked for. Our side is not
+paced: its worker holds a virtual GPU but computes as fast as vLLM's own. While the plain side is loaded, manager, agent
+and guardian are stopped (SIGSTOP), so that none of their work falls on it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import psutil
-import typer
-from rich.console import Console
-from rich.table import Table
 
 from pals_ray.bench.served_fleet import URL, BenchError, default_fleet, served_fleet
+from pals_ray.plots.tables import Report, table
 from pals_ray.profiling.load import ClosedLoop, LoadResult, RequestShape, in_full_swing
 
 MODEL, PLAIN = "tiny-dense", "/plain"
 STREAMS, SHAPE = 8, RequestShape(prompt_tokens=64, output_tokens=96)
 WARM_S, TURN_S, SETTLE_S = 8.0, 10.0, 1.0
 RESAMPLES = 10_000
+#: How the command lines of manager, agents and guardian are known.
+_ACTORS, _GUARDIAN = ("ray::PowerAgent", "ray::GlobalPowerManager"), "pals_ray.runtime.node.guardian"
 UNPACED = "pals_ray.engine.virtual.unpaced_worker.UnpacedWorker"
 
 
@@ -40,14 +38,6 @@ class Pair:
     plain_tokens_per_s: float
     ours_ttft_s: float
     plain_ttft_s: float
-
-    @property
-    def throughput_ratio(self) -> float:
-        return self.ours_tokens_per_s / self.plain_tokens_per_s
-
-    @property
-    def ttft_ratio(self) -> float:
-        return self.ours_ttft_s / self.plain_ttft_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +53,7 @@ class Ratio:
         return (self.high - self.low) / 2
 
 
-def overhead(
-    pairs: Annotated[int, typer.Option(help="Runs of each side, alternating.")] = 12,
-    seconds: Annotated[float, typer.Option(help="How long each run lasts.")] = 60.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
-) -> None:
+def run(pairs: int, seconds: float) -> Report:
     """Compare an engine under pals-ray, unpaced, with plain ray.serve.llm; and time the scheduler's hook."""
     from pals_ray.engine.hook_cost import measure_hooks  # imports vLLM
 
@@ -75,35 +61,23 @@ def overhead(
         _deploy_plain()
         done = asyncio.run(_alternate(pairs, seconds))
     hook_us = measure_hooks().scheduler.p50_us
-    throughput, ttft = ratio([p.throughput_ratio for p in done]), ratio([p.ttft_ratio for p in done])
-    if as_json:
-        print(json.dumps(figures(throughput, ttft, hook_us)))
-        return
-    table = Table(title=f"Under pals-ray over plain ray.serve.llm: {pairs} pairs of {seconds:g} s, {STREAMS} streams")
-    for header in ("figure", "median ratio", "95 % interval", "half-width", "ours", "plain"):
-        table.add_column(header, justify="left" if header == "figure" else "right")
-    rows: list[tuple[str, Ratio, list[float], list[float], str]] = [
-        ("tokens/s", throughput, [p.ours_tokens_per_s for p in done], [p.plain_tokens_per_s for p in done], ".1f"),
-        ("TTFT p50, s", ttft, [p.ours_ttft_s for p in done], [p.plain_ttft_s for p in done], ".4f"),
-    ]
-    for name, r, ours, plain, form in rows:
-        interval = f"{r.low:.4f} to {r.high:.4f}"
-        medians = (format(float(np.median(side)), form) for side in (ours, plain))
-        table.add_row(name, f"{r.median:.4f}", interval, f"{r.half_width:.4f}", *medians)
-    console = Console()
-    console.print(table)
-    console.print(f"scheduler hook: {hook_us:.2f} us a step")
-
-
-def figures(throughput: Ratio, ttft: Ratio, hook_us: float) -> dict[str, float]:
-    """The figures of the JSON object."""
-    return {
-        "throughput_ratio": throughput.median,
-        "throughput_half_width": throughput.half_width,
-        "ttft_ratio": ttft.median,
-        "ttft_half_width": ttft.half_width,
-        "hook_us": hook_us,
-    }
+    rows, figures = [], dict[str, float]()
+    for title, key, name, form in (
+        ("tokens/s", "throughput", "tokens_per_s", ".1f"),
+        ("TTFT p50, s", "ttft", "ttft_s", ".4f"),
+    ):
+        ours, plain = (np.array([getattr(p, f"{side}_{name}") for p in done]) for side in ("ours", "plain"))
+        found = ratio(list(ours / plain))
+        interval = (f"{found.median:.4f}", f"{found.low:.4f} to {found.high:.4f}", f"{found.half_width:.4f}")
+        rows.append((title, *interval, *(format(float(np.median(side)), form) for side in (ours, plain))))
+        figures |= {f"{key}_ratio": found.median, f"{key}_half_width": found.half_width}
+    shown = table(
+        ("figure", "median ratio", "95 % interval", "half-width", "ours", "plain"),
+        rows,
+        left=("figure",),
+        title=f"Under pals-ray over plain ray.serve.llm: {pairs} pairs of {seconds:g} s, {STREAMS} streams",
+    )
+    return Report(figures | {"hook_us": hook_us}, shown, f"scheduler hook: {hook_us:.2f} us a step")
 
 
 def ratio(ratios: list[float]) -> Ratio:
@@ -115,14 +89,14 @@ def ratio(ratios: list[float]) -> Ratio:
 
 def unpaced_fleet() -> dict[str, Any]:
     """The default fleet's dense model alone, its worker computing as fast as it can."""
-    content = copy.deepcopy(default_fleet())
+    content = default_fleet()
     (model,) = [m for m in content["models"] if m["llm_config"]["model_loading_config"]["model_id"] == MODEL]
     model["llm_config"]["engine_kwargs"]["worker_cls"] = UNPACED
     return content | {"models": [model]}
 
 
 def _deploy_plain() -> None:
-    """The same engine once more, as Ray Serve LLM alone serves it."""
+    """Deploy the same engine a second time, as Ray Serve LLM serves it without pals-ray."""
     from ray import serve
     from ray.serve.llm import LLMConfig, build_openai_app
 
@@ -179,8 +153,9 @@ async def _load(url: str, seconds: float, seed: int) -> LoadResult:
 
 @contextmanager
 def _stopped_parts() -> Iterator[None]:
-    """Manager, agents and guardian held still."""
-    parts = [p for p in psutil.process_iter() if _is_ours(p)]
+    """Stop manager, agents and guardian (SIGSTOP) while the block runs."""
+    commands = ((p, " ".join(p.info["cmdline"] or ())) for p in psutil.process_iter(["cmdline"]))
+    parts = [process for process, command in commands if command.startswith(_ACTORS) or _GUARDIAN in command]
     if len(parts) < 3:
         raise BenchError(f"manager, agent and guardian should run, but there are only {len(parts)} of them")
     for part in parts:
@@ -190,14 +165,3 @@ def _stopped_parts() -> Iterator[None]:
     finally:
         for part in parts:
             part.resume()
-
-
-def _is_ours(process: psutil.Process) -> bool:
-    try:
-        command = " ".join(process.cmdline())
-    except psutil.Error:
-        return False
-    return (
-        command.startswith(("ray::PowerAgent", "ray::GlobalPowerManager"))
-        or "pals_ray.runtime.node.guardian" in command
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import subprocess
@@ -13,26 +12,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import ray
-import typer
-from rich.console import Console
-from rich.table import Table
 
 from pals_ray.engine.control_block import ControlBlock, block_path
 from pals_ray.errors import PalsError
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.gpus.virtual_block import remove_block
+from pals_ray.plots.tables import Report, table
 from pals_ray.processes import identify
 from pals_ray.runtime.actors import ensure_agent, ensure_manager
 from pals_ray.runtime.client import Fleet
 from pals_ray.runtime.messages import NAMESPACE, AgentSpec
 from pals_ray.runtime.node.hardware import HardwareSpec
 
-AGENTS = 16
-STEPS = 50
 CALL_DELAY_S = 0.02
 GPU = "A100-SXM"
 MODEL = "sleeper"
@@ -47,28 +42,19 @@ class Step:
     ms: float
 
 
-def reaction(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
-    agents: Annotated[int, typer.Option(help="Replicas, each with an agent and a GPU of its own.")] = AGENTS,
-    steps: Annotated[int, typer.Option(help="Changes of the budget.")] = STEPS,
-) -> None:
-    """Time budget changes on real Ray: agents beside processes that only sleep, virtual NVML taking 20 ms a call."""
+def run(agents: int, steps: int) -> Report:
+    """Time budget changes on a fleet of so many agents beside processes that only sleep."""
     with sleeping_fleet(agents) as (fleet, driver):
         done = change_budgets(fleet, driver, steps)
-    if as_json:
-        print(json.dumps(figures(done)))
-        return
-    table = Table(
-        title=f"From set_budget to every cap in force: {agents} agents, {CALL_DELAY_S * 1000:g} ms a GPU call"
-    )
-    for header in ("changes", "count", "ms p50", "ms p99", "ms worst"):
-        table.add_column(header, justify="left" if header == "changes" else "right")
     cuts = [step for step in done if step.budget_w < step.before_w]
-    for name, rows in (("cuts", cuts), ("raises", [s for s in done if s not in cuts]), ("all", done)):
-        if rows:
-            ms = [step.ms for step in rows]
-            table.add_row(name, str(len(rows)), *(f"{x:.0f}" for x in (*np.percentile(ms, [50, 99]), max(ms))))
-    Console().print(table)
+    rows = []
+    for name, chosen in (("cuts", cuts), ("raises", [step for step in done if step not in cuts]), ("all", done)):
+        if chosen:
+            ms = np.percentile([step.ms for step in chosen], [50, 99, 100])
+            rows.append((name, str(len(chosen)), *(f"{x:.0f}" for x in ms)))
+    title = f"From set_budget to every cap in force: {agents} agents, {CALL_DELAY_S * 1000:g} ms a GPU call"
+    headers = ("changes", "count", "ms p50", "ms p99", "ms worst")
+    return Report(figures(done), table(headers, rows, left=("changes",), title=title))
 
 
 def figures(steps: list[Step]) -> dict[str, float]:
@@ -139,7 +125,7 @@ async def _start(key: str, storage: str, agents: int, sleepers: list[subprocess.
 def _fleet_file(storage: str, agents: int) -> dict[str, Any]:
     return {
         "budget_w": 200.0 * agents,
-        # Nobody asks these replicas anything: their agents would rest at the lowest cap, were the caps not pinned.
+        # No requests come to these replicas: their agents would stay at the lowest cap if the policy did not pin caps.
         "policy": "policies.batch_only:allocate",
         "hardware": {"kind": "virtual", "virtual": {"gpu": GPU, "count": agents}},
         "storage_path": storage,

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import typer
-from rich.console import Console
-from rich.table import Table
 
-from pals_ray.bench.served_fleet import URL, ServedFleet, Watch, default_fleet, model_ids, served_fleet, watch
+from pals_ray.bench.served_fleet import UNCAPPED_BUDGET_W, URL, ServedFleet, Watch, served_fleet, watch
 from pals_ray.control.budget.regulation import (
     FloatArray,
     RegulationError,
@@ -24,7 +18,8 @@ from pals_ray.control.budget.regulation import (
     score,
     synthetic_signal,
 )
-from pals_ray.profiling.load import ClosedLoop, RequestShape
+from pals_ray.plots.tables import Report, table
+from pals_ray.profiling.load import ClosedLoop, RequestShape, loaded
 
 RANGE_SHARE = 0.15
 #: The base, as a share of what the loaded fleet draws uncapped: a cap cannot raise draw, so base + range stay under it.
@@ -51,34 +46,23 @@ class Followed:
         return float(np.mean(np.abs(self.drawn_w - self.target_w)) / np.mean(self.target_w))
 
 
-def regulation(
-    minutes: Annotated[float, typer.Option(help="How long the signal is followed; a score needs 10 at least.")] = 20.0,
-    plot: Annotated[Path, typer.Option(help="Measured draw against the target, as PNG.")] = Path("regulation.png"),
-    seed: Annotated[int, typer.Option(help="Of the synthetic signal.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
-) -> None:
-    """Load the default fleet in full and have it follow a synthetic signal (an Ornstein-Uhlenbeck process)."""
+def run(minutes: float, plot: Path, seed: int) -> Report:
+    """Load the default fleet in full, have it follow a synthetic signal, and draw what came of it."""
     signal = synthetic_signal(60.0 * minutes, seed)
-    with served_fleet(default_fleet()) as served:
+    with served_fleet() as served:
         followed = asyncio.run(_follow(served, signal))
     from pals_ray.plots.models import plot_following  # matplotlib, which no other command waits for
 
     plot_following(followed.target_w, followed.drawn_w, 10.0, _title(followed), plot)
-    if as_json:
-        print(json.dumps(figures(followed)))
-        return
-    table = Table(
-        title=f"{minutes:g} min: {followed.base_w:.0f} W +- {followed.range_w:.0f} W, virtual GPUs (modelled)"
+    found = figures(followed)
+    shown = table(
+        ("figure", "value"),
+        ((name, f"{value:.4g}") for name, value in found.items()),
+        left=("figure",),
+        title=f"{minutes:g} min: {followed.base_w:.0f} W +- {followed.range_w:.0f} W, virtual GPUs (modelled)",
     )
-    for header in ("figure", "value"):
-        table.add_column(header, justify="left" if header == "figure" else "right")
-    for name, value in figures(followed).items():
-        table.add_row(name, f"{value:.4g}")
-    console = Console()
-    console.print(table)
-    if followed.score is None:
-        console.print("too short for a score: follow for 10 minutes at least")
-    console.print(f"picture: {plot}")
+    short = ["too short for a score: follow for 10 minutes at least"] if followed.score is None else []
+    return Report(found, shown, *short, f"picture: {plot}")
 
 
 def figures(followed: Followed) -> dict[str, float]:
@@ -89,12 +73,8 @@ def figures(followed: Followed) -> dict[str, float]:
 
 
 async def _follow(served: ServedFleet, signal: Signal) -> Followed:
-    await served.fleet.set_budget_async(1600.0)
-    async with AsyncExitStack() as stack:
-        loads = [
-            await stack.enter_async_context(ClosedLoop(URL, model, STREAMS, SHAPE))
-            for model in model_ids(served.content)
-        ]
+    await served.fleet.set_budget_async(UNCAPPED_BUDGET_W)
+    async with loaded(*(ClosedLoop(URL, model, STREAMS, SHAPE) for model in served.model_ids)):
         await asyncio.sleep(SETTLE_S)
         natural_w = (await watch(served, UNCAPPED_S)).mean_w
         base_w = BASE_SHARE * natural_w
@@ -104,8 +84,6 @@ async def _follow(served: ServedFleet, signal: Signal) -> Followed:
         started = asyncio.create_task(served.fleet.follow_signal_async(signal, **watts))
         seen = await watch(served, signal.end_s)
         await started
-        for load in loads:
-            load.abandon()
     return judge(signal, seen, **watts)
 
 

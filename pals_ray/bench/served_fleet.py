@@ -1,5 +1,5 @@
-"""A real fleet for a benchmark: `serve run` on this machine, in a process of its own, and what it does seen from
-outside: energy counters of the GPUs and counters of the engines, which no part of ours that is measured computes."""
+"""A real fleet for a benchmark: `serve run` in a process of its own on this machine. What it does is read from energy
+counters of the GPUs and token counters of the engines, which the parts that are being measured do not compute."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -34,8 +34,10 @@ UP_DEADLINE_S = 240.0
 DOWN_DEADLINE_S = 90.0
 GUARDIAN_DEADLINE_S = 20.0
 SAMPLE_S = 0.5
+#: Room for every GPU of the default fleet at its highest cap, W.
+UNCAPPED_BUDGET_W = 1600.0
 
-#: What lets engines of tiny models share a few cores, on every side that is compared.
+#: With this environment several engines of tiny models can share a few cores; it is that of every side compared.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -46,21 +48,16 @@ ENVIRONMENT = {
 
 
 class BenchError(PalsError):
-    """A benchmark whose figures would say nothing."""
+    """A benchmark that cannot give meaningful figures."""
 
 
 def default_fleet() -> dict[str, Any]:
     """The content of the default fleet file."""
-    spec = find_spec("deployments")
+    spec = find_spec("deployments")  # importing the package would import vLLM
     if spec is None or spec.origin is None:
         raise BenchError("the package `deployments` is not installed, so there is no default fleet to measure")
     content: dict[str, Any] = yaml.safe_load((Path(spec.origin).parent / "examples" / "tiny.yaml").read_text())
     return content
-
-
-def model_ids(content: Mapping[str, Any]) -> list[str]:
-    """The ids of a fleet file's models."""
-    return [model["llm_config"]["model_loading_config"]["model_id"] for model in content["models"]]
 
 
 class ServedFleet:
@@ -72,10 +69,15 @@ class ServedFleet:
         self._folder = folder
         self._process = self._serve("run", "deployments:build")
 
+    @property
+    def model_ids(self) -> list[str]:
+        """The ids of the fleet's models."""
+        return [model["llm_config"]["model_loading_config"]["model_id"] for model in self.content["models"]]
+
     def wait(self) -> None:
         """Wait until every model answers, and connect. Raises `BenchError` with the end of the log."""
         until_s = time.monotonic() + UP_DEADLINE_S
-        while not all(map(_answers, model_ids(self.content))):
+        while not all(map(_answers, self.model_ids)):
             if self._process.poll() is not None:
                 raise BenchError(f"`serve run` has ended, the fleet never answered:\n{self._log_end()}")
             if time.monotonic() > until_s:
@@ -91,7 +93,7 @@ class ServedFleet:
             raise BenchError(f"the fleet was not redeployed:\n{self._log_end()}")
 
     def close(self) -> None:
-        """End it as Ctrl-C does, and wait until all of it has gone."""
+        """Stop it as Ctrl-C does, and wait until its last process has gone."""
         ray.shutdown()
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
@@ -99,7 +101,7 @@ class ServedFleet:
                 self._process.wait(DOWN_DEADLINE_S)
             self._process.kill()
         until_s = time.monotonic() + GUARDIAN_DEADLINE_S
-        while state_path(self.key).exists() and time.monotonic() < until_s:  # limits are still being given back
+        while state_path(self.key).exists() and time.monotonic() < until_s:  # limits are still being restored
             time.sleep(0.2)
 
     def _serve(self, *args: str) -> subprocess.Popen[bytes]:
@@ -121,13 +123,13 @@ class ServedFleet:
 
 
 @contextmanager
-def served_fleet(content: dict[str, Any]) -> Iterator[ServedFleet]:
-    """A fleet of this content while the block runs. Raises `BenchError` where it does not come up."""
+def served_fleet(content: dict[str, Any] | None = None) -> Iterator[ServedFleet]:
+    """A fleet of this content (None: the default one) while the block runs. Raises `BenchError` where none comes up."""
     # Ray prints warnings about its cluster to stdout, which is for the figures.
     with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="pals-bench-") as folder:
         # A benchmark that is ended half-way must not leave engines behind.
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
-        served = ServedFleet(content, Path(folder))
+        served = ServedFleet(content or default_fleet(), Path(folder))
         try:
             served.wait()
             yield served
@@ -173,7 +175,7 @@ class Watch:
 
 
 async def watch(served: ServedFleet, duration_s: float) -> Watch:
-    """Look at the fleet's counters for so long. Its replicas must stay the same ones."""
+    """Read the fleet's counters for `duration_s`; no replica may be replaced meanwhile."""
     rows = (await served.fleet.status_async()).replicas
     blocks = {
         row.replica_id: ControlBlock.attach(block_path(served.key, row.replica_id.partition("#")[2])) for row in rows

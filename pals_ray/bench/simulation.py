@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from dataclasses import asdict, dataclass
-from typing import Annotated
 
 import numpy as np
-import typer
-from rich.console import Console
-from rich.table import Table
 
 from pals_ray.models.physics.roofline import Workload
+from pals_ray.plots.tables import Report, table
 from pals_ray.simulation.setting import ConstantBudget, Requests, SimFleet, SimModel, SimNode, SimSetting
 from pals_ray.simulation.simulate import simulate
 from policies import pals
@@ -63,18 +59,12 @@ def measure(gpus: int, whole_s: float, most_s: float, part: float) -> Cost:
     return Cost(gpus, duration_s, cpu_s, cpu_s / part, most_s, count, memory_mb)
 
 
-def simulation(
-    part: Annotated[float, typer.Option(min=0.001, max=1.0, help="Share of each case to simulate.")] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
-) -> None:
-    """How long an hour of 12 GPUs and ten minutes of 1,000 GPUs take on one core, and how much memory."""
+def run(part: float) -> Report:
+    """Simulate this share of each case."""
     costs = [measure(*case, part) for case in CASES]
-    if as_json:
-        print(json.dumps([asdict(cost) for cost in costs]))
-        return
-    table = Table("GPUs", "simulated", "CPU", "whole case", "at most", "requests", "memory")
-    for c in costs:
-        table.add_row(
+    headers = ("GPUs", "simulated", "CPU", "whole case", "at most", "requests", "memory")
+    rows = (
+        (
             f"{c.gpus}",
             f"{c.simulated_s:.0f} s",
             f"{c.cpu_s:.1f} s",
@@ -83,4 +73,6 @@ def simulation(
             f"{c.requests}",
             f"{c.memory_mb:.0f} MB",
         )
-    Console().print(table)
+        for c in costs
+    )
+    return Report([asdict(cost) for cost in costs], table(headers, rows, left=headers))

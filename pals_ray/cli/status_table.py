@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pals_ray.plots.tables import table
 from pals_ray.types import BudgetSource, FleetStatus, Latency, ReplicaStatus, Target
 
 
@@ -34,8 +35,7 @@ def source_line(source: BudgetSource) -> Text:
 
 def target_text(target: Target) -> str:
     """What is wanted of a model, in a few words."""
-    wanted = target.throughput_tokens_per_s
-    parts = ["all demand" if wanted is None else f"{wanted:g} tok/s"]
+    parts = [_throughput(target)]
     parts += [
         f"{name} p99 within {_latency(limit_s)}"
         for name, limit_s in (("TTFT", target.ttft_p99_s), ("ITL", target.itl_p99_s))
@@ -46,6 +46,11 @@ def target_text(target: Target) -> str:
     if target.min_share:
         parts.append(f"minimum share {target.min_share:.0%}")
     return ", ".join(parts)
+
+
+def _throughput(target: Target) -> str:
+    wanted = target.throughput_tokens_per_s
+    return "all demand" if wanted is None else f"{wanted:g} tok/s"
 
 
 def status_view(status: FleetStatus) -> RenderableType:
@@ -67,16 +72,14 @@ def _facts(status: FleetStatus) -> Text:
 
 
 def _replica(replica: ReplicaStatus) -> Text:
-    seen = replica.telemetry
-    wanted = replica.target.throughput_tokens_per_s
-    target = "all demand" if wanted is None else f"{wanted:g} tok/s"
-    text = Text()
+    seen, text = replica.telemetry, Text()
     text.append(f"\n{replica.replica_id}", style="bold")
     text.append(f"  {replica.state}, {replica.num_gpus} GPU on node {replica.node_id[:8]}\n")
     text.append(
         f"  cap {_number(replica.cap_w, '.0f')} W/GPU, batch limit {_number(replica.batch_limit, 'd')} of "
         f"{replica.max_batch} | running {seen.running}, waiting {seen.waiting} | "
-        f"{seen.throughput_tokens_per_s:.0f} tok/s of {target}, {_number(replica.tokens_per_joule, '.2f')} tok/J\n"
+        f"{seen.throughput_tokens_per_s:.0f} tok/s of {_throughput(replica.target)}, "
+        f"{_number(replica.tokens_per_joule, '.2f')} tok/J\n"
         f"  TTFT {_percentiles(seen.ttft, replica.target.ttft_p99_s)} | "
         f"ITL {_percentiles(seen.itl, replica.target.itl_p99_s)} | "
         f"draws {seen.power_w:.0f} W {replica.provenance} of {replica.charge_w:.0f} W charged, "
@@ -95,11 +98,9 @@ def _replica(replica: ReplicaStatus) -> Text:
 
 def _qos(status: FleetStatus) -> Table:
     """Violations (intervals of 5 s) and misses since the manager started, each model's and each priority class's."""
-    table = Table(box=SIMPLE, pad_edge=False)
-    for header in ("QoS", "violations", "by tokens/s", "TTFT", "ITL", "requests late", "tokens late", "last interval"):
-        table.add_column(header, justify="left" if header in {"QoS", "last interval"} else "right", overflow="fold")
-    for row in (*status.qos, *status.qos_by_priority):
-        table.add_row(
+    headers = ("QoS", "violations", "by tokens/s", "TTFT", "ITL", "requests late", "tokens late", "last interval")
+    rows = (
+        (
             row.model or f"all of priority {row.priority}",
             f"{row.violations} of {row.intervals} ({_number(row.violation_share, '.1%')})",
             str(row.throughput_violations),
@@ -109,21 +110,23 @@ def _qos(status: FleetStatus) -> Table:
             _number(row.itl_miss_share, ".1%"),
             row.latest,
         )
-    return table
+        for row in (*status.qos, *status.qos_by_priority)
+    )
+    return table(headers, rows, left=("QoS", "last interval"), fold=True, box=SIMPLE, pad_edge=False)
 
 
 def _gpus(status: FleetStatus) -> Table:
-    table = Table(box=SIMPLE, pad_edge=False)
-    for header in ("GPU", "limit W", "draw W", "held by"):
-        table.add_column(header, justify="right" if header.endswith("W") else "left", overflow="fold")
-    for gpu in status.gpus:
-        table.add_row(
+    rows = (
+        (
             f"{gpu.uuid} ({gpu.product})",
             f"{gpu.limit_w:.0f}{'' if gpu.enforceable else ' not ours to set'}",
             f"{gpu.power_w:.0f}",
             gpu.replica_id or "parked",
         )
-    return table
+        for gpu in status.gpus
+    )
+    headers = ("GPU", "limit W", "draw W", "held by")
+    return table(headers, rows, left=("GPU", "held by"), fold=True, box=SIMPLE, pad_edge=False)
 
 
 def _number(value: float | None, form: str) -> str:

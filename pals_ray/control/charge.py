@@ -1,4 +1,4 @@
-"""What a group of GPUs is charged at a cap, and the cap that a charge pays for. Ledger and agent use this same code."""
+"""What a GPU group is charged at a cap, and the cap that a charge pays for, for ledger and agent alike."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ChargeTerms:
         return len(self.floors_w)
 
     def __post_init__(self) -> None:
-        # A ledger asks for these thousands of times a second.
+        # They are stored because a ledger uses them thousands of times a second.
         object.__setattr__(self, "least_charge_w", self.charge_w(self.min_limit_w))
         object.__setattr__(self, "most_charge_w", self.charge_w(self.max_limit_w))
 
@@ -53,7 +53,7 @@ class ChargeTerms:
         """
         left_w = self.overhead.gpu_w(charge_w, self.num_gpus, self.node_gpus)
         cap_w = 0.0
-        # Floors above the cap take their own watts first; the cap is what the rest pays for in equal parts.
+        # GPUs whose clock floor is above the cap take their watts first; the cap divides the rest equally.
         for paid, floor_w in enumerate(sorted(self.floors_w, reverse=True)):
             cap_w = left_w / (self.num_gpus - paid)
             if cap_w >= floor_w:

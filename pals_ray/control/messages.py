@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.slo import Tally
-from pals_ray.control.snapshot import Overhead, ReplicaSnapshot, TailFactors
+from pals_ray.control.snapshot import Overhead, ReplicaCharges, ReplicaSnapshot, TailFactors
 from pals_ray.errors import PalsError
 from pals_ray.models.correction import Correction
 from pals_ray.models.lookup import LoadedModel
@@ -194,7 +194,7 @@ class InForce:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaView:
+class ReplicaView(ReplicaCharges):
     """One replica in the ledger, for snapshots and status. W at node level, limits per GPU.
 
     `charge_w` is what the limits last read occupy, `reserved_w` that or more: whatever its agent may still act on.
@@ -202,18 +202,7 @@ class ReplicaView:
     `most_charge_w` are both `reserved_w` then. `confirmed` means that its present grant is in force on all its GPUs.
     """
 
-    replica_id: str
-    node_id: str
-    domain: str | None
     uuids: tuple[str, ...]
-    num_gpus: int
-    node_gpus: int
-    min_limit_w: float
-    max_limit_w: float
-    least_charge_w: float
-    most_charge_w: float
-    grant_w: float
-    charge_w: float
     reserved_w: float
     overhead: Overhead
     confirmed: bool
@@ -233,19 +222,10 @@ class ReplicaView:
         tails: TailFactors,
     ) -> ReplicaSnapshot:
         """The replica as a policy sees it: these books, with what its agent and its model's target say."""
+        shared = {part.name: getattr(self, part.name) for part in fields(ReplicaCharges)}
         return ReplicaSnapshot(
-            replica_id=self.replica_id,
+            **shared,
             model=model,
-            node_id=self.node_id,
-            domain=self.domain,
-            num_gpus=self.num_gpus,
-            node_gpus=self.node_gpus,
-            min_limit_w=self.min_limit_w,
-            max_limit_w=self.max_limit_w,
-            least_charge_w=self.least_charge_w,
-            most_charge_w=self.most_charge_w,
-            grant_w=self.grant_w,
-            charge_w=self.charge_w,
             max_batch=max_batch,
             overhead=self.overhead,
             target=target,

@@ -1,15 +1,11 @@
-"""Quality of service: violations as ARCHITECTURE.md defines them, and misses per request, per model and priority.
+"""Quality of service: violations of targets, and misses per request, per model and priority class.
 
-Pure and incremental. Agent and manager share the work, so that only a few numbers cross between them:
+Pure and incremental. The agent turns engine telemetry into a few counts (`tally_of`) that travel with its beat. The
+manager takes the counts of a model's replicas in on its own beat (`observe`), and `status_of` and `by_priority` say
+what status and metrics show of a model and of a priority class.
 
-    tally = tally_of(engine_telemetry, target)                  # agent, every beat; goes to the manager with the beat
-    qos = observe(qos, now_s, {replica_id: tally, ...}, target, config)  # manager, for each model, on its beat
-    status = status_of(model, target, qos)                      # what status and metrics show of a model
-    by_priority(statuses)                                       # and of a priority class
-
-A latency histogram has buckets; the samples of the bucket that a limit falls into count as spread evenly over it, as
-`quantile_s` has it: so an interval's misses exceed 1 % exactly where its p99 exceeds the limit, and a count of misses
-may be a fraction.
+Latencies in the histogram bucket that a limit falls into count as spread evenly over the bucket, as in `quantile_s`.
+So an interval's misses exceed 1 % exactly where its p99 exceeds the limit, and a count of misses may be a fraction.
 """
 
 from __future__ import annotations
@@ -95,22 +91,6 @@ def tally_of(engine: EngineTelemetry, target: Target) -> Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
-    """What happened to a model in one interval, over all its replicas. `demand_tokens_per_s` is what arrived: requests
-    times the mean output of those finished so far; None before any has finished."""
-
-    duration_s: float
-    active: bool
-    waiting_throughout: bool
-    tokens: int
-    demand_tokens_per_s: float | None
-    ttft: int
-    ttft_late: float
-    itl: int
-    itl_late: float
-
-
-@dataclass(frozen=True, slots=True)
 class Verdict:
     """Whether an interval was a violation, and by what."""
 
@@ -123,27 +103,6 @@ class Verdict:
     def violation(self) -> bool:
         """Whether any of the three was."""
         return self.throughput or self.ttft or self.itl
-
-
-def judge(interval: Interval, target: Target, config: QosConfig) -> Verdict:
-    """ARCHITECTURE.md, "violation". A model without a target tokens/s is to serve what arrives."""
-    wanted = target.throughput_tokens_per_s
-    wanted = interval.demand_tokens_per_s if wanted is None else wanted
-    served = interval.tokens / interval.duration_s
-    short = interval.waiting_throughout and wanted is not None and served < config.served * wanted
-    slow = [
-        limit_s is not None and late >= 1.0 and late > config.late * total
-        for limit_s, late, total in (
-            (target.ttft_p99_s, interval.ttft_late, interval.ttft),
-            (target.itl_p99_s, interval.itl_late, interval.itl),
-        )
-    ]
-    words = [f"{served:.4g} of {wanted:.4g} tokens/s while requests waited"] if short else []
-    if slow[0]:
-        words.append(f"{interval.ttft_late:.0f} of {interval.ttft} TTFTs over {target.ttft_p99_s:g} s")
-    if slow[1]:
-        words.append(f"{interval.itl_late:.0f} of {interval.itl} inter-token latencies over {target.itl_p99_s:g} s")
-    return Verdict(short, slow[0], slow[1], "; ".join(words) if words else "no violation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,18 +128,15 @@ def observe(
     config = config if config is not None else QosConfig()
     active = state.active or any(_active(tally, state.last.get(name)) for name, tally in tallies.items())
     if state.opened_s is None or now_s < state.opened_s:
-        return QosState(now_s, dict(tallies), dict(tallies), _holds(tallies), state.totals, state.latest)
+        return QosState(now_s, dict(tallies), dict(tallies), _has_requests(tallies), state.totals, state.latest)
     if now_s - state.opened_s < config.interval_s - config.slack_s:
         return QosState(state.opened_s, state.opened, dict(tallies), active, state.totals, state.latest)
-    totals, verdict = state.totals, state.latest
-    interval = _interval(now_s - state.opened_s, active, state.opened, tallies)
-    if interval is not None and interval.duration_s <= config.most_s:
-        verdict = judge(interval, target, config)
-        totals = totals + _totals(interval, verdict)
-    return QosState(now_s, dict(tallies), dict(tallies), _holds(tallies), totals, verdict)
+    judged = _judge(now_s - state.opened_s, state.opened, tallies, target, config) if active else None
+    totals, verdict = (state.totals + judged[0], judged[1]) if judged else (state.totals, state.latest)
+    return QosState(now_s, dict(tallies), dict(tallies), _has_requests(tallies), totals, verdict)
 
 
-def _holds(tallies: Mapping[str, Tally]) -> bool:
+def _has_requests(tallies: Mapping[str, Tally]) -> bool:
     return any(tally.running + tally.waiting > 0 for tally in tallies.values())
 
 
@@ -195,44 +151,39 @@ def _comparable(first: Tally, last: Tally) -> bool:
     return same_limits and last.tokens >= first.tokens and last.finished >= first.finished and last.ttft >= first.ttft
 
 
-def _interval(
-    duration_s: float, active: bool, opened: Mapping[str, Tally], closed: Mapping[str, Tally]
-) -> Interval | None:
-    """The interval over all replicas seen at both ends; None where there was nothing to judge."""
+def _judge(
+    duration_s: float, opened: Mapping[str, Tally], closed: Mapping[str, Tally], target: Target, config: QosConfig
+) -> tuple[QosTotals, Verdict] | None:
+    """What one interval counts, over all replicas seen at both ends, and whether it was a violation as ARCHITECTURE.md
+    defines it; None where there was nothing to judge. A model without a target tokens/s is to serve what arrives."""
     pairs = [(opened[name], last) for name, last in closed.items() if name in opened]
     pairs = [(first, last) for first, last in pairs if _comparable(first, last)]
-    if not pairs or not active or duration_s <= 0:
+    if not pairs or not 0 < duration_s <= config.most_s:
         return None
-    finished = sum(last.finished for _, last in pairs)
-    # Tokens of requests that still run are counted too; on average those are half done.
-    outputs = finished + sum(last.running for _, last in pairs) / 2
-    mean_output = sum(last.tokens for _, last in pairs) / outputs if finished else None
-    arrived = sum(last.arrived - first.arrived for first, last in pairs)
-    return Interval(
-        duration_s=duration_s,
-        active=active,
-        waiting_throughout=any(first.waiting > 0 for first, _ in pairs) and any(last.waiting > 0 for _, last in pairs),
-        tokens=sum(last.tokens - first.tokens for first, last in pairs),
-        demand_tokens_per_s=None if mean_output is None else max(arrived, 0) * mean_output / duration_s,
-        ttft=sum(last.ttft - first.ttft for first, last in pairs),
-        ttft_late=sum(last.ttft_late - first.ttft_late for first, last in pairs),
-        itl=sum(last.itl - first.itl for first, last in pairs),
-        itl_late=sum(last.itl_late - first.itl_late for first, last in pairs),
+    wanted, finished = target.throughput_tokens_per_s, sum(last.finished for _, last in pairs)
+    if wanted is None and finished:
+        # Tokens of requests that still run are counted too; on average those are half done.
+        outputs = finished + sum(last.running for _, last in pairs) / 2
+        arrived = sum(last.arrived - first.arrived for first, last in pairs)
+        wanted = max(arrived, 0) * (sum(last.tokens for _, last in pairs) / outputs) / duration_s
+    served = sum(last.tokens - first.tokens for first, last in pairs) / duration_s
+    waited = any(first.waiting > 0 for first, _ in pairs) and any(last.waiting > 0 for _, last in pairs)
+    short = waited and wanted is not None and served < config.served * wanted
+    words = [f"{served:.4g} of {wanted:.4g} tokens/s while requests waited"] if short else []
+    ttft, itl = sum(last.ttft - first.ttft for first, last in pairs), sum(last.itl - first.itl for first, last in pairs)
+    ttft_late = sum(last.ttft_late - first.ttft_late for first, last in pairs)
+    itl_late = sum(last.itl_late - first.itl_late for first, last in pairs)
+    slow_ttft, slow_itl = (
+        limit_s is not None and late >= 1.0 and late > config.late * total
+        for limit_s, late, total in ((target.ttft_p99_s, ttft_late, ttft), (target.itl_p99_s, itl_late, itl))
     )
-
-
-def _totals(interval: Interval, verdict: Verdict) -> QosTotals:
-    return QosTotals(
-        intervals=1,
-        violations=int(verdict.violation),
-        throughput=int(verdict.throughput),
-        ttft=int(verdict.ttft),
-        itl=int(verdict.itl),
-        requests=interval.ttft,
-        requests_late=interval.ttft_late,
-        tokens=interval.itl,
-        tokens_late=interval.itl_late,
-    )
+    if slow_ttft:
+        words.append(f"{ttft_late:.0f} of {ttft} TTFTs over {target.ttft_p99_s:g} s")
+    if slow_itl:
+        words.append(f"{itl_late:.0f} of {itl} inter-token latencies over {target.itl_p99_s:g} s")
+    verdict = Verdict(short, slow_ttft, slow_itl, "; ".join(words) or "no violation")
+    causes = int(verdict.violation), int(short), int(slow_ttft), int(slow_itl)
+    return QosTotals(1, *causes, ttft, ttft_late, itl, itl_late), verdict
 
 
 def status_of(model: str, target: Target, state: QosState) -> QosStatus:

@@ -41,24 +41,21 @@ class Domain:
 
 @dataclass(frozen=True, slots=True)
 class TailFactors:
-    """What to multiply a predicted p99 with, that of a crowd, so that plans within the limits keep them."""
+    """What to multiply predicted p99 latencies of busy moments with, so that plans within the limits keep them."""
 
     itl: float = 1.0
     ttft: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaSnapshot:
-    """One replica as the manager knows it when it decides.
+class ReplicaCharges:
+    """What the ledger says of one replica, W at node level, limits per GPU.
 
-    `least_charge_w` and `most_charge_w` are its charge with every GPU at the device's lowest and highest limit (the
-    clock floor's draw included). `natural_draw_w` is GPU watts of the whole group at its present batch if nothing
-    capped it, measured or predicted; None before anything is known. `demand_tokens_per_s` is what arrives for it,
-    `tails` what its agent makes of predicted latencies.
+    `least_charge_w` and `most_charge_w` are its charge with every GPU at the device's lowest and highest limit, the
+    clock floor's draw included, or what is reserved for it where it cannot be moved.
     """
 
     replica_id: str
-    model: str
     node_id: str
     domain: str | None
     num_gpus: int
@@ -69,6 +66,19 @@ class ReplicaSnapshot:
     most_charge_w: float
     grant_w: float
     charge_w: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSnapshot(ReplicaCharges):
+    """One replica as the manager knows it when it decides.
+
+    `least_charge_w` and `most_charge_w` are its charge with every GPU at the device's lowest and highest limit (the
+    clock floor's draw included). `natural_draw_w` is GPU watts of the whole group at its present batch if nothing
+    capped it, measured or predicted; None before anything is known. `demand_tokens_per_s` is what arrives for it,
+    `tails` what its agent makes of predicted latencies.
+    """
+
+    model: str
     max_batch: int
     overhead: Overhead = field(default_factory=Overhead)
     target: Target = field(default_factory=Target)

@@ -1,4 +1,4 @@
-"""From counters to what a window says: rates, percentiles, power."""
+"""From counters to telemetry: rates, percentiles and power over a window of recent readings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def quantile_s(counts: Sequence[int], q: float) -> float | None:
 
 
 def _quantile_s(sums: Sequence[int], q: float) -> float | None:
-    """The same of the histogram's running sums."""
+    """The quantile, given the histogram's running sums."""
     total = sums[-1] if sums else 0
     if total == 0:
         return None
@@ -61,18 +61,13 @@ def _latency(last: Sequence[int], recent: Sequence[int], first: Sequence[int]) -
 
 
 def _arriving_tokens_per_s(first: EngineTelemetry, last: EngineTelemetry) -> float:
-    """What those that came in between two looks ask for. Of requests that still run half is taken to be done."""
+    """What requests that came in between two readings ask for; those that still run count as half done."""
     passed_s = last.time_s - first.time_s
     if passed_s <= 0.0 or last.requests_finished == 0:
         return 0.0
-    came = _ever_in(last) - _ever_in(first)
+    came, before = (e.requests_finished + e.running + e.waiting for e in (last, first))
     mean_output = last.generation_tokens / (last.requests_finished + last.running / 2)
-    return max(came, 0) * mean_output / passed_s
-
-
-def _ever_in(engine: EngineTelemetry) -> int:
-    """Requests that have ever come in."""
-    return engine.requests_finished + engine.running + engine.waiting
+    return max(came - before, 0) * mean_output / passed_s
 
 
 def between(first: Reading, last: Reading) -> ReplicaTelemetry:
@@ -96,7 +91,7 @@ class TelemetryWindow:
         self._summary: ReplicaTelemetry | None = ReplicaTelemetry()
 
     def add(self, reading: Reading) -> None:
-        """Take a reading in; what is older than the longer window goes. A clock that went back starts afresh."""
+        """Add a reading and drop those older than the longer window; all of them where the clock went back."""
         self._summary = None
         if self._readings and reading.time_s <= self._readings[-1].time_s:
             self._readings.clear()
@@ -151,12 +146,7 @@ class TelemetryWindow:
         drawn_w = sorted(reading.power_w for reading in self._readings)
         return drawn_w[min(int(0.95 * len(drawn_w)), len(drawn_w) - 1)] if drawn_w else 0.0
 
-    def _since(self, time_s: float) -> Reading:
-        """The newest reading that is at least as old as `time_s`, or the oldest there is."""
-        return self._readings[max(bisect_right(self._readings, time_s, key=attrgetter("time_s")) - 1, 0)]
-
     def _engine_since(self, time_s: float) -> EngineTelemetry:
-        at = self._since(time_s).engine
-        if at is not None:
-            return at
-        return next(r.engine for r in self._readings if r.engine is not None)
+        """The engine at the newest reading that is at least as old as `time_s`, or the oldest there is of it."""
+        at = self._readings[max(bisect_right(self._readings, time_s, key=attrgetter("time_s")) - 1, 0)].engine
+        return at if at is not None else next(r.engine for r in self._readings if r.engine is not None)

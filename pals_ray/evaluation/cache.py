@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pals_ray.evaluation.results import Json, run_case
 from pals_ray.evaluation.runs import CONFIRMED, TUNED_BATCHES, CaseRuns
 from pals_ray.simulation.traces import Trace
 
-#: What decides a result beside its case: a change there makes every kept result stale.
+#: The sources that decide a result: a change in any of them makes every kept result stale.
 _SOURCES = ("pals_ray/simulation", "pals_ray/control", "pals_ray/models", "pals_ray/evaluation", "policies")
 _POLL_S = 0.2
 
@@ -40,9 +41,8 @@ class Job:
         """Changes when anything does that could change the result."""
         scenario = self.case.scenario.model_dump(mode="json", exclude={"about", "fleets", "policies", "seeds"})
         spec = [scenario, self.case.fleet.model_dump(mode="json"), self.case.name, self.policies, self.seeds]
-        sums = [
-            float(a.sum()) for a in (self.lengths.arrival_s, self.lengths.prompt_tokens, self.lengths.output_tokens)
-        ]
+        trace = self.lengths
+        sums = [float(column.sum()) for column in (trace.arrival_s, trace.prompt_tokens, trace.output_tokens)]
         text = json.dumps([spec, sums, _code()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -74,8 +74,9 @@ def _code() -> str:
     root = Path(__file__).parents[2]
     found = hashlib.sha256()
     for folder in _SOURCES:
-        for file in sorted((root / folder).glob("*.py")):
-            found.update(file.read_bytes())
+        for file in sorted((root / folder).rglob("*")):
+            if file.is_file() and file.parent.name != "__pycache__":
+                found.update(file.read_bytes())
     return found.hexdigest()
 
 
@@ -109,7 +110,7 @@ def run_jobs(
     (out / "cases").mkdir(parents=True, exist_ok=True)
     context = get_context("spawn")
     queue: SimpleQueue[str] = context.SimpleQueue()
-    done: dict[str, int] = {}
+    done: Counter[str] = Counter()
     most = {job.name: job.runs_at_most() for job in todo}
     with ProcessPoolExecutor(min(processes, len(todo)), context, _begin, (queue,)) as pool:
         waiting = {pool.submit(_work, job): job for job in sorted(todo, key=Job.gpu_s, reverse=True)}
@@ -117,19 +118,19 @@ def run_jobs(
             finished, _ = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             while not queue.empty():
                 name = queue.get()
-                if done.get(name, 0) < most[name]:
-                    done[name] = done.get(name, 0) + 1
+                if done[name] < most[name]:
+                    done[name] += 1
                     tick(name, 1)
             for future in finished:
                 job = waiting.pop(future)
                 result = future.result()
                 _write(job, out, result)
-                tick(job.name, most[job.name] - done.get(job.name, 0))
+                tick(job.name, most[job.name] - done[job.name])
                 yield job, result
 
 
 def _write(job: Job, out: Path, result: Json) -> None:
-    """In one step: a run that is cut off leaves no half file."""
+    """Keep a result, in one step, so that a run that is cut off leaves no partial file."""
     file = job.file(out)
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps({"digest": job.digest, "result": result}))

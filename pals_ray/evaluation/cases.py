@@ -32,9 +32,9 @@ from pals_ray.simulation.setting import (
 )
 from pals_ray.simulation.traces import Trace, bursts, clipped, diurnal, lengthened, poisson, ramped, resampled
 
-#: Before a case begins engines fill and controllers find their first points: nothing of that is counted, s.
+#: Time in which engines fill and controllers find their first points; not counted, s.
 WARM_UP_S = 120.0
-#: Offered where requests are never to run out, as a multiple of what is expected to be served.
+#: Load at which requests never run out, as a multiple of what is expected to be served.
 SATURATION = 1.5
 
 BudgetKind = Literal["constant", "event", "regulation"]
@@ -61,7 +61,7 @@ class Case:
     def name(self) -> str:
         """Unique within the scenario."""
         load = "saturated" if self.load is None else f"load {self.load:g}"
-        budget = {"constant": f"budget {self.budget_share:g}", "event": "event", "regulation": "regulation"}[self.kind]
+        budget = f"budget {self.budget_share:g}" if self.kind == "constant" else self.kind
         return f"{self.fleet.name}, {load}, {budget}"
 
     @property
@@ -174,10 +174,8 @@ def requests_for(
         trace = resampled(lengths, rate, duration_s, seed, load.peak_over_mean, prompt_share)
     elif arrivals == "diurnal":
         trace = diurnal(lengths, rate, duration_s, seed, period_s=duration_s)
-    elif arrivals == "bursts":
-        trace = bursts(lengths, rate, duration_s, seed)
     else:
-        trace = poisson(lengths, rate, duration_s, seed)
+        trace = {"bursts": bursts, "poisson": poisson}[arrivals](lengths, rate, duration_s, seed)
     trace = ramped(trace, load.ramp_s, seed)
     return Requests(trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
 
@@ -186,12 +184,11 @@ def failures_of(specs: tuple[FailureSpec, ...]) -> tuple[Failure, ...]:
     """The simulator's failures; their times count from the end of the warm-up."""
     out: list[Failure] = []
     for spec in specs:
+        at_s, for_s, who = WARM_UP_S + spec.at_s, spec.for_s or 0.0, spec.who or ""
         if spec.kind == "manager_down":
-            out.append(ManagerDown(WARM_UP_S + spec.at_s, spec.for_s or 0.0))
-        elif spec.kind == "agent_silent":
-            out.append(AgentSilent(spec.who or "", WARM_UP_S + spec.at_s, spec.for_s or 0.0))
+            out.append(ManagerDown(at_s, for_s))
         else:
-            out.append(NodeDeath(spec.who or "", WARM_UP_S + spec.at_s))
+            out.append(AgentSilent(who, at_s, for_s) if spec.kind == "agent_silent" else NodeDeath(who, at_s))
     return tuple(out)
 
 

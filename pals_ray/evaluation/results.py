@@ -29,7 +29,7 @@ _CAP_CELL_W, _BATCH_CELL = 5.0, 4
 
 Json = dict[str, Any]
 
-#: Less gain than this is none: a share of it would be one of rounding.
+#: A smaller gain of the oracle counts as none: a share of it would only be rounding.
 LEAST_GAIN = 1e-3
 
 
@@ -42,15 +42,13 @@ def run_case(runs: CaseRuns, policies: Sequence[str], seeds: Sequence[int]) -> J
     case = runs.case
     static = [runs.static(seed) for seed in seeds]
     oracle = runs.oracle() if case.scenario.oracle and case.load is not None else None
-    oracle_gain = None if oracle is None else _mean_gain(oracle[1], static)
-    found = {}
-    series: Json = {}
-    for policy in dict.fromkeys(["static", *policies]):
-        made = [runs.run(policy, seed) for seed in seeds]
-        found[policy] = _policy(runs, made, static, oracle_gain)
-        series[policy] = _series(made[0].result)
+    oracle_gain = None if oracle is None else _gain(oracle[1], static).mean
+    made = {policy: [runs.run(policy, seed) for seed in seeds] for policy in dict.fromkeys(["static", *policies])}
+    series = {policy: _series(of[0].result) for policy, of in made.items()}
     if oracle is not None:
-        found["oracle"] = _policy(runs, oracle[1], static, oracle_gain)
+        made["oracle"] = oracle[1]
+    found = {policy: _policy(runs, of, static, oracle_gain) for policy, of in made.items()}
+    if oracle is not None:
         found["oracle"]["point"] = asdict(oracle[0])
     fleet, natural_w = runs.limited(seeds[0])
     limits = {m.name: {"ttft_p99_s": m.target.ttft_p99_s, "itl_p99_s": m.target.itl_p99_s} for m in fleet.models}
@@ -64,7 +62,7 @@ def run_case(runs: CaseRuns, policies: Sequence[str], seeds: Sequence[int]) -> J
         "budget_share": case.budget_share,
         "duration_s": case.duration_s,
         "seeds": list(seeds),
-        "saturated_tokens_per_s": runs.capacity_tokens_per_s(),
+        "saturated_tokens_per_s": runs.capacity_tokens_per_s,
         "natural_draw_w": natural_w,
         "limits": limits,
         "policies": found,
@@ -73,38 +71,29 @@ def run_case(runs: CaseRuns, policies: Sequence[str], seeds: Sequence[int]) -> J
 
 
 def _policy(runs: CaseRuns, made: Sequence[Run], static: Sequence[Run], oracle_gain: float | None) -> Json:
-    pairs = list(zip(made, static, strict=True))
-    node = [gain(run.figures.tokens_per_joule, ref.figures.tokens_per_joule) for run, ref in pairs]
-    gpu = [gain(run.figures.tokens_per_joule_gpu, ref.figures.tokens_per_joule_gpu) for run, ref in pairs]
+    node = _gain(made, static)
     spread = estimates([run.figures for run in made])
-    share = None
-    if oracle_gain is not None and oracle_gain >= LEAST_GAIN:
-        share = math.fsum(node) / len(node) / oracle_gain
     by_model = [model_figures(run.result, WARM_UP_S) for run in made]
+    by_priority = [violations_by_priority(run.result, WARM_UP_S) for run in made]
     return {
         "figures": {name: None if e is None else e.mean for name, e in spread.items()},
         "half_width": {name: None if e is None else e.half_width for name, e in spread.items()},
-        "gain_over_static": _estimate(estimate(node)),
-        "gain_over_static_gpu": _estimate(estimate(gpu)),
-        "share_of_oracle_gain": share,
+        "gain_over_static": _estimate(node),
+        "gain_over_static_gpu": _estimate(_gain(made, static, "tokens_per_joule_gpu")),
+        "share_of_oracle_gain": node.mean / oracle_gain if oracle_gain and oracle_gain >= LEAST_GAIN else None,
         "counts": all(runs.counts(run) for run in made),
         "models": {name: means([asdict(found[name]) for found in by_model]) for name in by_model[0]},
-        "violations_by_priority": means([{str(k): v for k, v in _priorities(run).items()} for run in made]),
+        "violations_by_priority": means([{str(k): rate for k, rate in found.items()} for found in by_priority]),
         "points": _points(made[0].result),
         "cuts": [asdict(cut) for cut in made[0].result.cuts],
         "notes": list(dict.fromkeys(note for run in made for note in run.result.notes)),
     }
 
 
-def _priorities(run: Run) -> dict[int, float | None]:
-    return violations_by_priority(run.result, WARM_UP_S)
-
-
-def _mean_gain(made: Sequence[Run], static: Sequence[Run]) -> float:
-    values = [
-        gain(run.figures.tokens_per_joule, ref.figures.tokens_per_joule) for run, ref in zip(made, static, strict=True)
-    ]
-    return math.fsum(values) / len(values)
+def _gain(made: Sequence[Run], static: Sequence[Run], figure: str = "tokens_per_joule") -> Estimate:
+    """The gain in a figure over `static`, seed by seed."""
+    pairs = zip(made, static, strict=True)
+    return estimate([gain(getattr(run.figures, figure), getattr(own.figures, figure)) for run, own in pairs])
 
 
 def _estimate(found: Estimate) -> Json:
@@ -120,29 +109,22 @@ def _series(result: RunResult) -> Json:
         column = np.asarray(values, dtype=np.float64)[:whole].reshape(-1, step).mean(axis=1)
         return [round(float(v), 2) if math.isfinite(v) else None for v in column]  # type: ignore[misc]
 
-    return {
-        "time_s": thin(result.time_s),
-        "budget_w": thin(result.budget_w),
-        "charge_w": thin(result.charge_w),
-        "node_power_w": thin(result.node_power_w),
-        "target_w": None if result.target_w is None else thin(result.target_w),
-    }
+    series: Json = {name: thin(getattr(result, name)) for name in ("time_s", "budget_w", "charge_w", "node_power_w")}
+    return series | {"target_w": None if result.target_w is None else thin(result.target_w)}
 
 
 def _points(result: RunResult) -> dict[str, list[tuple[float, int, float]]]:
     """By model: (cap, batch limit, share of time) of each cell of operating points that its replicas were in."""
-    out: dict[str, dict[tuple[float, int], int]] = {}
-    for replica in result.replicas:
-        caps = np.round(np.asarray(replica.cap_w) / _CAP_CELL_W) * _CAP_CELL_W
-        batches = np.maximum(np.round(np.asarray(replica.batch_limit) / _BATCH_CELL) * _BATCH_CELL, 1)
+    out = {}
+    for model in dict.fromkeys(replica.model for replica in result.replicas):
+        own = [replica for replica in result.replicas if replica.model == model]
+        caps, batches = (np.concatenate([getattr(r, name) for r in own]) for name in ("cap_w", "batch_limit"))
+        caps = np.round(caps / _CAP_CELL_W) * _CAP_CELL_W
+        batches = np.maximum(np.round(batches / _BATCH_CELL) * _BATCH_CELL, 1)
         cells, counts = np.unique(np.stack([caps, batches], axis=1), axis=0, return_counts=True)
-        seen = out.setdefault(replica.model, {})
-        for (cap_w, batch), count in zip(cells.tolist(), counts.tolist(), strict=True):
-            seen[cap_w, int(batch)] = seen.get((cap_w, int(batch)), 0) + count
-    return {
-        model: [(cap_w, batch, n / sum(seen.values())) for (cap_w, batch), n in sorted(seen.items())]
-        for model, seen in out.items()
-    }
+        shares = zip(cells.tolist(), (counts / counts.sum()).tolist(), strict=True)
+        out[model] = [(cap_w, int(batch), share) for (cap_w, batch), share in shares]
+    return out
 
 
 #: Of a summary: the figures of every policy, in the order of tables.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, cached_property, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from pals_ray.evaluation.cases import (
     full_charge_w,
     requests_for,
 )
-from pals_ray.evaluation.profiling import profiled, prompt_share, roofline
+from pals_ray.evaluation.simulated_profile import full_tokens_per_s, profiled, prompt_share, roofline
 from pals_ray.models.specs import find_gpu
 from pals_ray.simulation.oracle import Limits, candidates
 from pals_ray.simulation.results.figures import Figures, counts_as_gain, figures, model_figures, regulation_figures
@@ -38,9 +38,9 @@ from policies import uniform
 SATURATED_S, FILLING_S = 240.0, 120.0
 #: Batch limits that `power_only_best` is tuned over, up to the start batch.
 TUNED_BATCHES = (8, 16, 32, 48, 64, 128, 256)
-#: So many of the oracle's points are confirmed in the simulator.
+#: How many of the oracle's points are confirmed in the simulator.
 CONFIRMED = 5
-#: Seeds of different models' requests lie so far apart.
+#: The seeds of a run's models begin at its seed times this.
 _SEED_STRIDE = 1000
 
 
@@ -55,7 +55,10 @@ class Run:
 
 
 class CaseRuns:
-    """All runs of one case; each is made once. `tick` is called before each with what it is."""
+    """All runs of one case; each is made once. `tick` is called before each with what it is.
+
+    `requests`, `limited` and `static` remember by seed what `_requests`, `_limited` and `_static` give.
+    """
 
     def __init__(self, case: Case, lengths: Trace, folder: Path, tick: Callable[[str], None] = lambda _: None) -> None:
         self.case = case
@@ -66,76 +69,60 @@ class CaseRuns:
         self._lengths = lengths
         self._folder = folder
         self._tick = tick
-        self._capacity: dict[str, float] = {}
-        self._requests: dict[int, dict[str, Requests]] = {}
-        self._limited: dict[int, tuple[SimFleet, float]] = {}
-        self._static: dict[int, Run] = {}
-        self._runs: dict[tuple[str, int], Run] = {}
+        self.requests = cache(self._requests)
+        self.limited = cache(self._limited)
+        self.static = cache(self._static)
+        self._run = cache(self._made)
 
+    @cached_property
     def capacity_tokens_per_s(self) -> dict[str, float]:
         """Output tokens/s that each model serves at the reference's fixed point when requests never run out."""
-        if not self._capacity:
-            fleet = fixed_at(self.fleet, self._reference_points())
-            offered = {}
-            for number, model in enumerate(fleet.models):
-                point = self._reference_points()[model.name]
-                replicas = sum(node.replicas.count(model.name) for node in fleet.nodes)
-                guess = roofline(model).predict(point.cap_w, point.batch_limit)
-                rate = SATURATION * replicas * float(guess.throughput_tokens_per_s)
-                offered[model.name] = self._poisson(rate, SATURATED_S, number)
-            self._tick("saturated")
-            result = simulate(self._setting(fleet, uniform.allocate, 0, SATURATED_S), offered)
-            counted = result.time_s > FILLING_S
-            self._capacity = dict.fromkeys(offered, 0.0)
-            for found in result.replicas:
-                self._capacity[found.model] += float(np.mean(found.tokens_per_s[counted]))
-        return self._capacity
+        points = self._reference_points()
+        fleet, offered = fixed_at(self.fleet, points), {}
+        for number, model in enumerate(fleet.models):
+            replicas = sum(node.replicas.count(model.name) for node in fleet.nodes)
+            rate = SATURATION * replicas * full_tokens_per_s(model, points[model.name])
+            offered[model.name] = self._poisson(rate, SATURATED_S, number)
+        self._tick("saturated")
+        result = simulate(self._setting(fleet, uniform.allocate, 0, SATURATED_S), offered)
+        counted = result.time_s > FILLING_S
+        capacity = dict.fromkeys(offered, 0.0)
+        for found in result.replicas:
+            capacity[found.model] += float(np.mean(found.tokens_per_s[counted]))
+        return capacity
 
-    def requests(self, seed: int) -> dict[str, Requests]:
+    def _requests(self, seed: int) -> dict[str, Requests]:
         """The requests of every model, the same for all policies."""
-        if seed not in self._requests:
-            self._requests[seed] = {
-                name: self._poisson(SATURATION * served, self.case.simulated_s, _SEED_STRIDE * seed + number)
-                if self.case.load is None
-                else requests_for(
-                    self.case.scenario.load,
-                    self.case.scenario.trace.arrivals,
-                    self._lengths,
-                    self.case.load * served,
-                    self.case.simulated_s,
-                    _SEED_STRIDE * seed + number,
-                    prompt_share(self.fleet.model(name), self._reference_points()[name]),
-                )
-                for number, (name, served) in enumerate(self.capacity_tokens_per_s().items())
-            }
-        return self._requests[seed]
+        case, points, offered = self.case, self._reference_points(), {}
+        for number, (name, served) in enumerate(self.capacity_tokens_per_s.items()):
+            own_seed = _SEED_STRIDE * seed + number
+            if case.load is None:
+                offered[name] = self._poisson(SATURATION * served, case.simulated_s, own_seed)
+                continue
+            share = prompt_share(self.fleet.model(name), points[name])
+            arrivals, rate = case.scenario.trace.arrivals, case.load * served
+            offered[name] = requests_for(
+                case.scenario.load, arrivals, self._lengths, rate, case.simulated_s, own_seed, share
+            )
+        return offered
 
-    def limited(self, seed: int) -> tuple[SimFleet, float]:
+    def _limited(self, seed: int) -> tuple[SimFleet, float]:
         """The fleet with the latency limits that `static` sets at this demand, and what that draws, W at node level.
 
         A saturated run has no latency limits: its queue grows for ever.
         """
-        if seed not in self._limited:
-            self._tick("reference")
-            fleet = replace(self.fleet, domains=())
-            result = simulate(
-                self._setting(fixed_at(fleet, self._top_points()), uniform.allocate, seed), self.requests(seed)
-            )
-            found = model_figures(result, WARM_UP_S)
-            limits = self.case.scenario.limits
-            models = []
-            for model in self.fleet.models:
-                seen = found[model.name]
-                if self.case.load is not None and seen.ttft_p99_s is not None and seen.itl_p99_s is not None:
-                    target = replace(
-                        model.target,
-                        ttft_p99_s=limits.ttft_p99 * seen.ttft_p99_s,
-                        itl_p99_s=limits.itl_p99 * seen.itl_p99_s,
-                    )
-                    model = replace(model, target=target)
-                models.append(model)
-            self._limited[seed] = replace(self.fleet, models=tuple(models)), result.node_energy_j / result.duration_s
-        return self._limited[seed]
+        self._tick("reference")
+        fleet = fixed_at(replace(self.fleet, domains=()), self._top_points())
+        result = simulate(self._setting(fleet, uniform.allocate, seed), self.requests(seed))
+        found, limits = model_figures(result, WARM_UP_S), self.case.scenario.limits
+        models = []
+        for model in self.fleet.models:
+            ttft_s, itl_s = found[model.name].ttft_p99_s, found[model.name].itl_p99_s
+            if self.case.load is not None and ttft_s is not None and itl_s is not None:
+                ttft_s, itl_s = limits.ttft_p99 * ttft_s, limits.itl_p99 * itl_s
+                model = replace(model, target=replace(model.target, ttft_p99_s=ttft_s, itl_p99_s=itl_s))
+            models.append(model)
+        return replace(self.fleet, models=tuple(models)), result.node_energy_j / result.duration_s
 
     def run(self, policy: str, seed: int) -> Run:
         """One policy on one seed. `power_only_best` is tuned first, on the scenario's tuning seeds."""
@@ -144,19 +131,15 @@ class CaseRuns:
         name = self.best_power_only() if policy == "power_only_best" else policy
         return replace(self._run(name, seed), policy=policy)
 
-    def static(self, seed: int) -> Run:
+    def _static(self, seed: int) -> Run:
         """Everything at maximum, whatever the budget."""
-        if seed not in self._static:
-            self._static[seed] = self.fixed("static", self._top_points(), seed)
-        return self._static[seed]
+        return self.fixed("static", self._top_points(), seed)
 
     def fixed(self, label: str, points: dict[str, OperatingPoint], seed: int) -> Run:
         """Every model's replicas at one point throughout, without a budget."""
-        fleet, natural_w = self.limited(seed)
-        self._tick(label)
+        fleet, _ = self.limited(seed)
         setting = self._setting(fixed_at(replace(fleet, domains=()), points), uniform.allocate, seed)
-        result = simulate(self._with_failures(setting), self.requests(seed))
-        return Run(label, seed, self._judged(result, self._budget(natural_w, seed)), result)
+        return self._simulated(label, setting, self._budget(seed))
 
     def best_power_only(self) -> str:
         """`power_only@BATCH` of the batch that keeps the limits best on the tuning seeds, then gains most tokens/J.
@@ -179,24 +162,23 @@ class CaseRuns:
     def oracle(self) -> tuple[OperatingPoint, list[Run]]:
         """The best fixed point of the fleet's one model that keeps the limits, and its runs.
 
-        The best points on the steady-state physics are confirmed in the simulator on every seed, where one fails at
-        the least higher cap that does not (queues and bursts are the simulator's). `static` itself is always one.
+        The best points by the steady-state physics are confirmed on every seed in the simulator, which has queues and
+        bursts; of one that fails there, the lowest higher cap that does not is taken. `static` is always a candidate.
         """
         (model,) = self.fleet.models
         node = self.fleet.nodes[0]
         replicas = sum(n.replicas.count(model.name) for n in self.fleet.nodes)
-        demand = (self.case.load or 0.0) * self.capacity_tokens_per_s()[model.name] / replicas
+        demand = (self.case.load or 0.0) * self.capacity_tokens_per_s[model.name] / replicas
         limits = Limits(self.case.scenario.limits.itl_p99, self.case.scenario.limits.ttft_p99)
-        truth = roofline(model)
         best = self._top_points()[model.name], [self.static(seed) for seed in self.case.scenario.seeds]
-        found = candidates(truth, model.max_batch, demand, limits, node.overhead, node.num_gpus)
+        found = candidates(roofline(model), model.max_batch, demand, limits, node.overhead, node.num_gpus)
         for candidate in found[:CONFIRMED]:
             best = self._confirmed(candidate.point, _efficiency(best[1])) or best
         return best
 
     def _confirmed(self, point: OperatingPoint, beat: float) -> tuple[OperatingPoint, list[Run]] | None:
-        """The least cap from a point's own up, in whole W, at which its runs count; None where that is no better than
-        `beat` tokens/J: a higher cap at the same batch only costs more, so the search ends at the first such run."""
+        """The lowest cap in whole W, from the point's own up, at which its runs count; None where that is not better
+        than `beat` tokens/J. A higher cap at the same batch only costs more, so none above one that is not is tried."""
         (model,) = self.fleet.models
         kept = None
         low, high = round(point.cap_w), round(find_gpu(model.gpu).max_limit_w)
@@ -218,35 +200,32 @@ class CaseRuns:
         own = self.static(run.seed).figures.violation_rate
         return counts_as_gain(run.figures.violation_rate, own, self.case.scenario.violation_limit)
 
-    def _run(self, policy: str, seed: int) -> Run:
-        if (policy, seed) not in self._runs:
-            fleet, natural_w = self.limited(seed)
-            budget = self._budget(natural_w, seed)
-            self._tick(policy)
-            setting = replace(self._setting(fleet, policy_named(policy), seed), budget=budget)
-            result = simulate(self._with_failures(setting), self.requests(seed))
-            self._runs[policy, seed] = Run(policy, seed, self._judged(result, budget), result)
-        return self._runs[policy, seed]
+    def _made(self, policy: str, seed: int) -> Run:
+        fleet, _ = self.limited(seed)
+        budget = self._budget(seed)
+        return self._simulated(policy, replace(self._setting(fleet, policy_named(policy), seed), budget=budget), budget)
 
-    def _judged(self, result: RunResult, budget: Budget) -> Figures:
+    def _simulated(self, label: str, setting: SimSetting, budget: Budget) -> Run:
+        """A run with the scenario's failures, judged by the case's budget."""
+        self._tick(label)
+        setting = replace(setting, failures=failures_of(self.case.scenario.failures))
+        result = simulate(setting, self.requests(setting.seed))
         found = figures(result, WARM_UP_S)
-        if not isinstance(budget, FollowedSignal):
-            return found
-        tracking, aqa, pjm, precision = regulation_figures(result, budget.following, budget.signal)
-        found = replace(found, tracking_error=tracking, aqa_error=aqa, pjm_score=pjm, precision=precision)
-        # A budget that moves with a signal falls again before a fall has settled: there is no cut to time.
-        return replace(found, settle_s=None, settle_over_w=None)
+        if isinstance(budget, FollowedSignal):
+            tracking, aqa, pjm, precision = regulation_figures(result, budget.following, budget.signal)
+            found = replace(found, tracking_error=tracking, aqa_error=aqa, pjm_score=pjm, precision=precision)
+            # A budget that moves with a signal falls again before a fall has settled: there is no cut to time.
+            found = replace(found, settle_s=None, settle_over_w=None)
+        return Run(label, setting.seed, found, result)
 
-    def _budget(self, natural_w: float, seed: int) -> Budget:
+    def _budget(self, seed: int) -> Budget:
+        _, natural_w = self.limited(seed)
         return budget_of(self.case, self.fleet, self._folder, natural_w, seed)
 
     def _setting(self, fleet: SimFleet, policy: Policy, seed: int, duration_s: float | None = None) -> SimSetting:
         """A run under a budget that never binds."""
         budget = ConstantBudget(full_charge_w(fleet))
         return SimSetting(fleet, budget, policy, duration_s or self.case.simulated_s, seed=seed)
-
-    def _with_failures(self, setting: SimSetting) -> SimSetting:
-        return replace(setting, failures=failures_of(self.case.scenario.failures))
 
     def _poisson(self, tokens_per_s: float, duration_s: float, seed: int) -> Requests:
         return requests_for(self.case.scenario.load, "poisson", self._lengths, tokens_per_s, duration_s, seed)

@@ -1,5 +1,5 @@
-"""The same short scenario on a live fleet and in the simulator: the live fleet's simulated twin, the same requests for
-both, and how far apart what comes of them is. `pals validate-simulation` runs the live side.
+"""The same short scenario on a live fleet and in the simulator: the fleet's simulated twin, the same requests for both,
+and how far apart their figures are. `pals validate-simulation` runs the live side.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pals_ray.types import OperatingPoint, ReplicaTelemetry
 
 #: What is compared, and how far the simulator may be off, as a share of the live figure.
 LIMITS = {"tokens_per_s": 0.10, "power_w": 0.10, "itl_p50_s": 0.15}
-#: What comes this soon after a load has begun, or the budget has fallen, is not compared, s.
+#: Nothing is compared for so long after a load has begun or the budget has fallen, s.
 SETTLE_S = 12.0
 #: The simulated fleet is idle for so long before its load begins, as the live one is, s.
 LEAD_S = 10.0
@@ -46,8 +46,8 @@ Traces = Mapping[str, Trace]
 
 @dataclass(frozen=True, slots=True)
 class HeldPoint:
-    """A point at which every replica is held. `load` is the offered share of what the roofline says is served there:
-    above 1 requests queue and the batch is full, below it what is served is what comes."""
+    """Every replica is held at a point. `load` is the offered share of what the roofline says is served there: above 1
+    requests queue and the batch is full, below 1 everything offered is served."""
 
     point: OperatingPoint
     load: float
@@ -76,8 +76,8 @@ class BudgetStep:
 
 Stage = HeldPoint | BudgetStep
 
-#: Caps that bind hardly, clearly and hard; batches that come and go, and full ones, a small one among them. The step
-#: comes last: in their first minute under load engines that have just started stall for seconds, which controllers see.
+#: Caps that bind weakly, clearly and hard, on batches that vary and on full ones. The budget step comes last: engines
+#: that have just started stall for seconds in their first minute under load, and controllers would react to that.
 STAGES: tuple[Stage, ...] = (
     HeldPoint(OperatingPoint(400.0, 32), 0.7),
     HeldPoint(OperatingPoint(250.0, 32), 1.2),
@@ -110,7 +110,7 @@ class Member:
 
 
 def twin(config: FleetConfig, members: Sequence[Member], parked_dies: Sequence[float]) -> SimSetting:
-    """A live fleet as the simulator is to run it: one node, one replica a model, predicted by what its manager takes.
+    """The simulator's setting for a live fleet of one node: a replica of each model, predicted as its manager does.
 
     `parked_dies` are those of the GPUs that no replica holds.
     """

@@ -22,7 +22,7 @@ from pals_ray.gpus.gpu_protocol import (
 )
 from pals_ray.gpus.virtual_block import VirtualBlock
 from pals_ray.gpus.virtual_load import LoadRecord
-from pals_ray.models.physics.step_cost import settled_cap_w
+from pals_ray.models.physics.cap_settling import settled_cap_w
 from pals_ray.models.specs import GpuSpec, find_gpu
 from pals_ray.processes import ProcessId, identify, is_alive
 from pals_ray.types import GpuInfo, GpuState, Provenance
@@ -148,7 +148,7 @@ class VirtualGpu:
 
     @property
     def die(self) -> float:
-        """This die's factor on dynamic power (`pals_ray.models.physics.step_cost.die_factor`)."""
+        """This die's factor on dynamic power (`pals_ray.models.physics.die_spread.die_factor`)."""
         return float(self._record["die"][0])
 
     def effective_cap_w(self, now_s: float) -> float:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from pals_ray.gpus.gpu_protocol import GpuDriverMissingError, GpuError
-from pals_ray.models.physics.step_cost import die_factor
+from pals_ray.models.physics.die_spread import die_factor
 from pals_ray.models.specs import GpuSpec, find_gpu
 
 _FOLDER = Path("/dev/shm")

@@ -1,9 +1,9 @@
-"""Online correction: what live telemetry says of a model's bias, as a factor on throughput and one on power.
+"""Online correction of a model's bias from live telemetry: one factor on throughput and one on power.
 
-An exponentially weighted mean of measured / predicted, clamped (as NVIDIA Dynamo's planner does). What a replica makes
-of the batch that runs tells its capacity at that batch, whether there are free places or not; of one or two sequences
-it does not, for then the engine may have idled between them. Where a cap binds the draw says nothing of the natural
-one. The more has been seen, the less the model's own uncertainty of throughput counts.
+Each is an exponentially weighted mean of measured / predicted, clamped (as NVIDIA Dynamo's planner does). Throughput is
+compared at the batch that ran, even if it is below the limit, but not for a few sequences, between which the engine may
+have idled. Power is compared only while no cap binds, because a binding cap hides the natural draw. The model's own
+uncertainty of throughput shrinks as evidence accumulates.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from numpy.typing import ArrayLike
 from pals_ray.models.power_model import PowerModel, Prediction
 
 _LOW, _HIGH = 0.5, 2.0
-# Full within this share of the batch limit: requests come and go between two readings.
+# A batch above this share of its limit counts as full, because requests come and go between two readings.
 _SATURATED_SHARE = 0.95
-# A cap that binds in more than this share of samples holds the draw, whatever the model says of it.
+# If the cap binds in more than this share of samples, the draw is the cap's, not the model's.
 _BINDING_SHARE = 0.5
-# With so many sequences an engine is never idle for long.
+# An engine that runs at least so many sequences is never idle for long.
 _BUSY = 4.0
-# With free places the batch swings between two readings while rates are means: such evidence counts for so much.
+# Weight of evidence from a batch below its limit: it swings between two readings, while rates are means.
 _FREE_WEIGHT = 0.5
-# What uncertainty is left at least: the point that is held says less of those far from it.
+# Least share of the uncertainty that is kept: evidence at one point says less about points far from it.
 _LEAST_DOUBT = 0.2
 
 
@@ -32,8 +32,8 @@ _LEAST_DOUBT = 0.2
 class Observation:
     """One beat of a replica: what it did over `interval_s` at an operating point that it held throughout.
 
-    `running` is the mean over the time that rates and watts are means of, `idled` whether nothing ran at some instant
-    of it: then they say little of what the replica does at work.
+    `running` is the mean over the same time as rates and watts. `idled` says that nothing ran at some instant of it;
+    the rates then say little about the replica at work.
     """
 
     cap_w: float
@@ -49,7 +49,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """Factors on a model's throughput and power. `halving_s`: old evidence weighs half after so long of new.
+    """Factors on a model's throughput and power. `halving_s` s of new evidence halve the weight of the old.
 
     `seen_s` is how much evidence of throughput there has been, s.
     """
@@ -61,14 +61,14 @@ class Correction:
 
     @property
     def doubt(self) -> float:
-        """What is left of the model's relative standard deviation of throughput, as a share."""
+        """The share of the model's relative standard deviation of throughput that is left."""
         return max(_LEAST_DOUBT, self.halving_s / (self.halving_s + self.seen_s))
 
     def updated(self, model: PowerModel, seen: Observation) -> tuple[Correction, str]:
         """The correction after one more observation, and why it moved or not.
 
-        Both are compared at the batch that ran: throughput with less weight where there are free places, power only
-        while no cap binds, for under a binding cap the draw is the cap's, not the model's.
+        Both are compared at the batch that ran: throughput with less weight below the batch limit, power only while no
+        cap binds.
         """
         if seen.interval_s <= 0.0 or seen.idled or seen.running < 1.0 or seen.power_w <= 0.0:
             return self, "nothing ran, or not all the time"
@@ -95,13 +95,13 @@ class Correction:
 
 
 def _blend(old: float, ratio: float, weight: float) -> float:
-    """Exponentially weighted in logs, each ratio and the result clamped: one absurd reading moves little."""
+    """The mean of logs weighted exponentially; ratio and result are clamped, so one absurd reading moves little."""
     ratio = min(max(ratio, _LOW), _HIGH)
     return float(min(max(old ** (1.0 - weight) * ratio**weight, _LOW), _HIGH))
 
 
 class CorrectedModel:
-    """A `PowerModel` with a correction: throughput and power scaled, latencies by the time that throughput implies.
+    """A `PowerModel` with a correction: throughput and power are multiplied, latencies divided by throughput's factor.
 
     A corrected draw never exceeds the cap where the uncorrected one honoured it.
     """

@@ -1,6 +1,8 @@
-"""A model on a grid of caps and batches, for those who ask it many thousand times: controllers in a simulation."""
+"""A model precomputed on a grid of caps and whole batches, for simulations, which ask it many thousand times."""
 
 from __future__ import annotations
+
+from dataclasses import fields
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -8,26 +10,20 @@ from numpy.typing import ArrayLike, NDArray
 from pals_ray.models.power_model import FloatArray, PowerModel, Prediction
 
 _CAPS = 121
-_FIELDS = (
-    "throughput_tokens_per_s",
-    "power_w",
-    "itl_p50_s",
-    "itl_p99_s",
-    "ttft_p50_s",
-    "ttft_p99_s",
-    "throughput_rel_std",
-    "power_rel_std",
-)
+# All of a prediction but whether the cap is honoured, which is no number.
+_FIELDS = tuple(field.name for field in fields(Prediction) if field.name != "honours_cap")
 
 
 class GridModel:
-    """A `PowerModel` that answers as another does: exactly at whole batches up to `max_batch`, and linearly between
-    121 caps of the device's range. Batches between two whole ones are rounded up."""
+    """A `PowerModel` with another's answers: exact at whole batches up to `max_batch`, linear between 121 caps.
+
+    The caps span the device's range. A batch between two whole ones is rounded up.
+    """
 
     def __init__(self, model: PowerModel, min_limit_w: float, max_limit_w: float, max_batch: int) -> None:
         caps_w = np.linspace(min_limit_w, max_limit_w, _CAPS)
         said = model.predict(caps_w[:, None], np.arange(1.0, max_batch + 1.0)[None, :])
-        # (caps, fields, batches): a row of caps is then one piece of memory.
+        # (caps, fields, batches), so that all values at one cap are contiguous in memory.
         self._table = np.stack([getattr(said, name) for name in _FIELDS], axis=1)
         self._honours = said.honours_cap
         self._min_limit_w = min_limit_w
@@ -36,7 +32,7 @@ class GridModel:
         self._columns: dict[bytes, tuple[FloatArray, NDArray[np.bool_]]] = {}
 
     def predict(self, cap_w: ArrayLike, batch: ArrayLike) -> Prediction:
-        """Broadcast `cap_w` (W per GPU) against `batch`; beyond the grid its edge answers."""
+        """Broadcast `cap_w` (W per GPU) against `batch`; points outside the grid get the value at its edge."""
         caps, batches = np.asarray(cap_w, dtype=np.float64), np.asarray(batch, dtype=np.float64)
         if caps.ndim == 2 and caps.shape[1] == 1 and batches.ndim == 2 and batches.shape[0] == 1:
             return self._crossed(caps[:, 0], batches[0])

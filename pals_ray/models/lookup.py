@@ -1,6 +1,6 @@
-"""A replica's model in a table: tokens/s, W, inter-token latency and TTFT at any (cap, batch limit), in microseconds.
+"""A replica's model as a table of tokens/s, W, ITL and TTFT over (cap, batch limit), answered within microseconds.
 
-Looked up bilinearly in logs. Needs numpy alone: the agents hold one each, and are light.
+Interpolated bilinearly in logs. It imports numpy only, because every agent holds one and agents must stay small.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from pals_ray.models.power_model import FloatArray, PowerModel, Prediction
 
-# A mean draw this far above the cap means that the clock floor holds it there, not noise.
+# A mean draw above the cap by more than this factor is not noise: the clock floor keeps it there.
 _FLOOR_TOLERANCE = 1.02
 _CAP_KNOTS = 64
 _BATCH_KNOTS_PER_OCTAVE = 4
@@ -20,7 +20,7 @@ _BATCH_KNOTS_PER_OCTAVE = 4
 
 @dataclass(frozen=True, slots=True)
 class FitReport:
-    """What a fit has to say of itself."""
+    """How a fit went: rows used, parameters found, what stayed at the prior, and rows that lost weight."""
 
     rows: int
     values: dict[str, float]
@@ -55,7 +55,7 @@ class SurfaceModel:
         self.report = report
 
     def predict(self, cap_w: ArrayLike, batch: ArrayLike) -> Prediction:
-        """Broadcast `cap_w` (W per GPU) against `batch`; beyond the table its edge answers."""
+        """Broadcast `cap_w` (W per GPU) against `batch`; points outside the table get the value at its edge."""
         cap, batch = np.broadcast_arrays(np.asarray(cap_w, dtype=np.float64), np.asarray(batch, dtype=np.float64))
         shape = cap.shape
         cap = cap.reshape(-1)
@@ -86,7 +86,7 @@ class SurfaceModel:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What predicts a replica, and where that comes from, for an operator to read."""
+    """A replica's model, with a sentence for operators on where it comes from."""
 
     source: str
     surface: PowerModel

@@ -1,4 +1,4 @@
-"""What a power-performance model answers, whoever fitted it."""
+"""The interface of every power-performance model, and what it answers."""
 
 from __future__ import annotations
 

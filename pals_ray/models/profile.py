@@ -1,7 +1,7 @@
 """The profile file: one JSON per (model, GPU, parallelism) with its samples, where each came from, and the fit.
 
-The samples are the truth; the fit is stored for people and for checks, and made again from the samples on loading.
-Text in, text out: reading and writing files is the caller's.
+Only the samples count: the fit is stored for people and for checks, and is made again from the samples on loading.
+Functions here take and return text; the caller reads and writes files.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Profile(BaseModel):
         return self.model_copy(update={"fit": ProfileFit(parameters=report.values, undetermined=report.undetermined)})
 
     def check_time_scale(self, time_scale: float) -> None:
-        """Refuse a profile made at another time scale: its rates are those of another device."""
+        """Refuse a profile made at another time scale, since its rates are those of another device."""
         if abs(self.time_scale / time_scale - 1.0) > 1e-6:
             raise ProfileError(
                 f"profile of {self.model} was made at time_scale {self.time_scale:g}, but the deployment runs at "

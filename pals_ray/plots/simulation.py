@@ -6,32 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from pals_ray.config.scenario import FleetSpec
+from pals_ray.config.scenario import POLICIES, FleetSpec
 from pals_ray.models.physics.roofline import RooflineModel, Workload
 from pals_ray.models.physics.step_cost import GroupPhysics
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
+from pals_ray.plots.picture import picture, shades
 
 Json = dict[str, Any]
 
-COLORS = {
-    "static": "tab:grey",
-    "uniform": "tab:brown",
-    "proportional": "tab:olive",
-    "slack_steal": "tab:pink",
-    "batch_only": "tab:orange",
-    "power_only": "tab:blue",
-    "power_only_best": "tab:cyan",
-    "pals": "tab:red",
-    "exact": "tab:purple",
-    "oracle": "black",
-}
+_COLORS = ("grey", "brown", "olive", "pink", "orange", "blue", "cyan", "red", "purple")
+#: A colour for every policy, and for the oracle.
+COLORS = {policy: f"tab:{color}" for policy, color in zip(POLICIES, _COLORS, strict=True)} | {"oracle": "black"}
 _MOST_PANELS = 4
 
 
@@ -40,7 +28,7 @@ def _color(policy: str) -> str:
 
 
 def _averaged(policies: Json) -> str:
-    """Over how many cases of a summary its figures are means."""
+    """How many cases the figures of a summary are means of."""
     cases = max(entry["cases"] for entry in policies.values())
     return "one case" if cases == 1 else f"mean of {cases} cases"
 
@@ -51,79 +39,70 @@ def plot_power(cases: Sequence[Json], path: Path) -> None:
     for case in cases:
         kinds.setdefault((case["budget"], case["budget_share"]), case)
     chosen = list(kinds.values())[:_MOST_PANELS]
-    figure, axes = plt.subplots(len(chosen), 1, figsize=(11, 3.4 * len(chosen)), constrained_layout=True, squeeze=False)
-    for axis, case in zip(axes[:, 0], chosen, strict=True):
-        for policy, found in case["series"].items():
-            minutes = np.array(found["time_s"]) / 60
-            front = policy == "pals"
-            width, depth = (1.4, 3) if front else (0.9, 2)
-            axis.plot(minutes, found["node_power_w"], color=_color(policy), lw=width, zorder=depth, label=policy)
-        last = case["series"].get("pals") or list(case["series"].values())[-1]
-        minutes = np.array(last["time_s"]) / 60
-        axis.step(minutes, last["budget_w"], color="black", lw=1, ls="--", where="pre", label="budget")
-        if last["target_w"] is not None:
-            axis.plot(minutes, last["target_w"], color="tab:green", lw=1, label="target")
-        axis.set_title(case["case"], fontsize=10)
-        axis.set_ylabel("node W")
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, ncols=4, loc="lower right")
-    axes[-1, 0].set_xlabel("minutes")
-    figure.suptitle("Power against budget (modelled, first seed)", fontsize=11)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    title = "Power against budget (modelled, first seed)"
+    with picture(path, title, (11, 3.4 * len(chosen)), len(chosen)) as axes:
+        for axis, case in zip(axes.flat, chosen, strict=True):
+            for policy, found in case["series"].items():
+                minutes = np.array(found["time_s"]) / 60
+                width, depth = (1.4, 3) if policy == "pals" else (0.9, 2)
+                axis.plot(minutes, found["node_power_w"], color=_color(policy), lw=width, zorder=depth, label=policy)
+            last = case["series"].get("pals") or list(case["series"].values())[-1]
+            minutes = np.array(last["time_s"]) / 60
+            axis.step(minutes, last["budget_w"], color="black", lw=1, ls="--", where="pre", label="budget")
+            if last["target_w"] is not None:
+                axis.plot(minutes, last["target_w"], color="tab:green", lw=1, label="target")
+            axis.set_title(case["case"], fontsize=10)
+            axis.set_ylabel("node W")
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.25)
+            axis.legend(fontsize=8, ncols=4, loc="lower right")
+        axes[-1, 0].set_xlabel("minutes")
 
 
 def plot_efficiency(summary: Json, path: Path) -> None:
     """Gain in tokens/J over static at both boundaries, and the tokens/J themselves."""
     policies = summary["policies"]
-    names = list(policies)
-    places = np.arange(len(names))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    boundaries = (("", "node", 1.0), ("_gpu", "GPU", 0.55))
-    for at, (suffix, label, alpha) in enumerate(boundaries):
-        shift = (at - 0.5) * 0.38
-        for axis, key, scale in ((axes[0], "tokens_per_joule", 1.0), (axes[1], "gain_over_static", 100.0)):
-            values = [scale * policies[name][key + suffix] for name in names]
-            bars = axis.bar(places + shift, values, 0.36, color=[_color(n) for n in names], alpha=alpha, label=label)
-            axis.bar_label(bars, fmt="{:.2f}" if scale == 1.0 else "{:z.0f}", fontsize=7, padding=2)
-    for axis, label in zip(axes, ("tokens/J", "gain in tokens/J over static, %"), strict=True):
-        axis.set_xticks(places, names, rotation=30, ha="right", fontsize=8)
-        axis.set_ylabel(label)
-        axis.axhline(0, color="black", lw=0.6)
-        axis.grid(alpha=0.25, axis="y")
-    figure.suptitle(
-        f"Output tokens per joule, {_averaged(policies)}: left bar of a pair at node level, pale bar GPUs alone",
-        fontsize=11,
+    places = np.arange(len(policies))
+    title = f"Output tokens per joule, {_averaged(policies)}: left bar of a pair at node level, pale bar GPUs alone"
+    panels = (
+        ("tokens_per_joule", "tokens/J", 1.0, "{:.2f}"),
+        ("gain_over_static", "gain in tokens/J over static, %", 100.0, "{:z.0f}"),
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    boundaries = (("", "node", 1.0, -0.19), ("_gpu", "GPU", 0.55, 0.19))
+    with picture(path, title, (11, 4.2), 1, 2) as axes:
+        for axis, (key, label, scale, form) in zip(axes.flat, panels, strict=True):
+            for suffix, boundary, alpha, shift in boundaries:
+                values = [scale * entry[key + suffix] for entry in policies.values()]
+                bars = axis.bar(
+                    places + shift, values, 0.36, color=list(map(_color, policies)), alpha=alpha, label=boundary
+                )
+                axis.bar_label(bars, fmt=form, fontsize=7, padding=2)
+            axis.set_xticks(places, list(policies), rotation=30, ha="right", fontsize=8)
+            axis.set_ylabel(label)
+            axis.axhline(0, color="black", lw=0.6)
+            axis.grid(alpha=0.25, axis="y")
 
 
 def plot_violations(summary: Json, path: Path) -> None:
     """Violation rates by model, a group of bars for each policy, and over all models as a line across each group."""
     policies = summary["policies"]
     models = list(dict.fromkeys(m for entry in policies.values() for m in entry["violations_by_model"]))
-    figure, axis = plt.subplots(figsize=(11, 4.2), constrained_layout=True)
-    width = 0.8 / len(models)
-    colors = plt.get_cmap("viridis")(np.linspace(0.0, 0.9, len(models)))
-    for at, (model, color) in enumerate(zip(models, colors, strict=True)):
-        values = [100 * (entry["violations_by_model"].get(model) or 0.0) for entry in policies.values()]
-        axis.bar(np.arange(len(policies)) - 0.4 + (at + 0.5) * width, values, width, color=color, label=model)
-    for at, entry in enumerate(policies.values()):
-        rate = 100 * (entry["violation_rate"] or 0.0)
-        axis.plot(
-            [at - 0.42, at + 0.42], [rate, rate], color="tab:red", lw=1.5, label="all models" if at == 0 else None
-        )
-        axis.annotate(f"{rate:.1f} %", (at, rate), textcoords="offset points", xytext=(0, 4), ha="center", fontsize=8)
-    axis.set_xticks(np.arange(len(policies)), list(policies), rotation=20, ha="right", fontsize=8)
-    axis.set_title(f"Violations, {_averaged(policies)}", fontsize=11)
-    axis.set_ylabel("violations, % of intervals of 5 s")
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.25, axis="y")
-    axis.legend(fontsize=7, ncols=3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    places, width = np.arange(len(policies)), 0.8 / len(models)
+    with picture(path, "", (11, 4.2)) as axes:
+        axis = axes[0, 0]
+        for at, (model, color) in enumerate(zip(models, shades(len(models)), strict=True)):
+            values = [100 * (entry["violations_by_model"].get(model) or 0.0) for entry in policies.values()]
+            axis.bar(places - 0.4 + (at + 0.5) * width, values, width, color=color, label=model)
+        for at, entry in enumerate(policies.values()):
+            rate, label = 100 * (entry["violation_rate"] or 0.0), None if at else "all models"
+            axis.plot([at - 0.42, at + 0.42], [rate, rate], color="tab:red", lw=1.5, label=label)
+            axis.annotate(f"{rate:.1f} %", (at, rate), (0, 4), textcoords="offset points", ha="center", fontsize=8)
+        axis.set_xticks(places, list(policies), rotation=20, ha="right", fontsize=8)
+        axis.set_title(f"Violations, {_averaged(policies)}", fontsize=11)
+        axis.set_ylabel("violations, % of intervals of 5 s")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25, axis="y")
+        axis.legend(fontsize=7, ncols=3)
 
 
 def plot_points(fleets: Sequence[FleetSpec], cases: Sequence[Json], workload: Workload, path: Path) -> None:
@@ -136,18 +115,14 @@ def plot_points(fleets: Sequence[FleetSpec], cases: Sequence[Json], workload: Wo
     chosen = list(panels.items())[:_MOST_PANELS]
     columns = min(len(chosen), 2)
     rows = -(-len(chosen) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(5.6 * columns, 4.4 * rows), constrained_layout=True, squeeze=False
-    )
-    for axis, ((name, _), (fleet, case)) in zip(axes.flat, chosen, strict=False):
-        _surface(axis, fleet, name, case, workload)
-    for axis in list(axes.flat)[len(chosen) :]:
-        axis.axis("off")
-    for mark in axes[0, 0].legend(fontsize=7, loc="upper left").legend_handles:
-        mark.set_sizes([40])
-    figure.suptitle("Operating points (area: share of time) over tokens/J of the GPUs at a full batch", fontsize=11)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    title = "Operating points (area: share of time) over tokens/J of the GPUs at a full batch"
+    with picture(path, title, (5.6 * columns, 4.4 * rows), rows, columns) as axes:
+        for axis, ((name, _), (fleet, case)) in zip(axes.flat, chosen, strict=False):
+            _surface(axis, fleet, name, case, workload)
+        for axis in axes.flat[len(chosen) :]:
+            axis.axis("off")
+        for mark in axes[0, 0].legend(fontsize=7, loc="upper left").legend_handles:
+            mark.set_sizes([40])
 
 
 def _surface(axis: Axes, fleet: FleetSpec, name: str, case: Json, workload: Workload) -> None:
@@ -160,13 +135,9 @@ def _surface(axis: Axes, fleet: FleetSpec, name: str, case: Json, workload: Work
     filled = axis.contourf(batches, caps, said.throughput_tokens_per_s / said.power_w, 14, cmap="Greys", alpha=0.6)
     axis.figure.colorbar(filled, ax=axis, label="tokens/J, GPU")
     for policy, entry in case["policies"].items():
-        points = entry["points"].get(name, [])
-        if not points:
-            continue
-        cap_w, batch, share = np.array(points, dtype=np.float64).T
-        axis.scatter(
-            batch, cap_w, s=8 + 160 * share, color=_color(policy), alpha=0.7, lw=0, label=policy, clip_on=False
-        )
+        if points := entry["points"].get(name):
+            cap_w, batch, share = np.array(points, dtype=np.float64).T
+            style = {"color": _color(policy), "alpha": 0.7, "lw": 0, "label": policy, "clip_on": False}
+            axis.scatter(batch, cap_w, s=8 + 160 * share, **style)
     axis.set_title(f"{name} on {gpu.name}\n{case['case']}", fontsize=8)
-    axis.set_xlabel("batch limit")
-    axis.set_ylabel("cap, W per GPU")
+    axis.set(xlabel="batch limit", ylabel="cap, W per GPU")

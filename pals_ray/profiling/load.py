@@ -1,4 +1,5 @@
-"""Load on a running deployment through its OpenAI API: closed loops that keep a number of requests in flight."""
+"""Load on a running deployment through its OpenAI API: closed loops keep a number of requests in flight, open loops
+send each request at its own time."""
 
 from __future__ import annotations
 
@@ -8,11 +9,13 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import httpx
 
 from pals_ray.errors import PalsError
+from pals_ray.simulation.traces import Trace
 
 
 class LoadError(PalsError):
@@ -66,11 +69,6 @@ class LoadResult:
     ttft_s: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
-    @property
-    def tokens_per_s(self) -> float:
-        """Output tokens/s of the completed requests over the whole run."""
-        return self.output_tokens / max(self.ended_s - self.started_s, 1e-9)
-
 
 async def event_lines(response: httpx.Response) -> AsyncIterator[str]:
     """The lines of an event stream. Not httpx's own, which end at whatever Unicode takes for the end of a line: a model
@@ -110,7 +108,7 @@ class ClosedLoop:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Let requests in flight end, unless they were abandoned, and stop."""
+        """Wait for the requests in flight, unless they were abandoned, and stop."""
         self._stopping = True
         ended = await asyncio.gather(*self._slots, return_exceptions=True)
         self.result.ended_s = time.monotonic()
@@ -129,13 +127,19 @@ class ClosedLoop:
         for shape in self._requests(slot):
             if self._stopping:
                 return
-            try:
-                await self._request(shape)
-            except (httpx.HTTPError, json.JSONDecodeError, LoadError) as error:
-                self.result.failures.append(f"{type(error).__name__}: {error}")
+            if not await self._request(shape):
                 await asyncio.sleep(0.2)
 
-    async def _request(self, shape: RequestShape) -> None:
+    async def _request(self, shape: RequestShape) -> bool:
+        """Send a request and note what came of it; False where it failed."""
+        try:
+            await self._stream(shape)
+        except (httpx.HTTPError, json.JSONDecodeError, LoadError) as error:
+            self.result.failures.append(f"{type(error).__name__}: {error}")
+            return False
+        return True
+
+    async def _stream(self, shape: RequestShape) -> None:
         body = {
             "model": self._model,
             "prompt": random.choices(_TOKEN_IDS, k=shape.prompt_tokens),
@@ -164,3 +168,33 @@ class ClosedLoop:
         self.result.completed += 1
         self.result.output_tokens += tokens
         self.result.ttft_s.append(first_s - asked_s)
+
+
+class OpenLoop(ClosedLoop):
+    """The requests of a trace, sent to one model at their times from the start on. Leaving waits for the last answer,
+    unless what is in flight or still to come is abandoned.
+
+    An engine that falls behind is not spared: that is what queues, and violations, come from.
+    """
+
+    def __init__(self, base_url: str, model: str, trace: Trace, timeout_s: float = 600.0) -> None:
+        super().__init__(base_url, model, len(trace), RequestShape(1, 1), timeout_s)
+        self._trace = trace
+
+    async def _slot(self, slot: int) -> None:
+        trace = self._trace
+        await asyncio.sleep(max(self.result.started_s + float(trace.arrival_s[slot]) - time.monotonic(), 0.0))
+        await self._request(RequestShape(int(trace.prompt_tokens[slot]), int(trace.output_tokens[slot])))
+
+
+@asynccontextmanager
+async def loaded(*loads: ClosedLoop) -> AsyncIterator[None]:
+    """Run these loads while the block runs; at its end the requests in flight are dropped, not waited for."""
+    async with AsyncExitStack() as stack:
+        for load in loads:
+            await stack.enter_async_context(load)
+        try:
+            yield
+        finally:
+            for load in loads:
+                load.abandon()

@@ -1,4 +1,4 @@
-"""One live replica as a profiler handles it: held at a point, read, loaded until it is steady, and let go."""
+"""Measuring one live replica: hold it at a point, load it until it is steady, read it, and release it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,7 +17,7 @@ from pals_ray.control.manager.measurement import MeasurementSubject
 from pals_ray.control.telemetry import Reading, between
 from pals_ray.errors import PalsError
 from pals_ray.models.profile import ProfileSample
-from pals_ray.profiling.load import ClosedLoop
+from pals_ray.profiling.load import ClosedLoop, loaded
 from pals_ray.profiling.steady import SteadyRule, Window, first_tokens, steady_window
 from pals_ray.runtime.client import own_errors
 from pals_ray.runtime.messages import MANAGER_NAME, NAMESPACE, Measurement, agent_name
@@ -40,16 +39,8 @@ class NotSteady(MeasuringError):
     """A replica that did not become steady at a point in time."""
 
 
-@dataclass(frozen=True, slots=True)
-class PointProgress:
-    """How far a point is: the share of it that is done, and what is being waited for."""
-
-    share: float
-    note: str
-
-
 class HeldReplica:
-    """A replica under this profiler's hold, which a task renews; without it the hold lapses and all is as before."""
+    """A replica that this profiler holds at a point. A task renews the hold; without it the policy decides again."""
 
     def __init__(self, subject: MeasurementSubject, owner: str, manager: Any) -> None:
         self.subject = subject
@@ -62,19 +53,15 @@ class HeldReplica:
     async def hold(self, point: OperatingPoint) -> None:
         """Bring a point's cap into force. Raises `HoldRefused`, or `MeasuringError` where that takes too long.
 
-        The scheduler takes note of a batch limit with its next step, which an idle engine does not make.
+        The batch limit is not waited for: the scheduler reads it with its next step, and an idle engine makes none.
         """
         with own_errors():
             await self._manager.hold.remote(self.subject.replica_id, self._owner, point)
         self._point = point
-        with suppress(TimeoutError):
-            async with asyncio.timeout(IN_FORCE_DEADLINE_S):
-                while not _at_cap(await self.read(), point):
-                    await asyncio.sleep(0.1)
-                return
-        raise MeasuringError(
-            f"{self.subject.replica_id} is not at {point.cap_w:g} W after {IN_FORCE_DEADLINE_S:g} s: `pals status` says"
-            " what holds it"
+        await self._until(
+            lambda read: _at_cap(read, point),
+            IN_FORCE_DEADLINE_S,
+            f"is not at {point.cap_w:g} W after {IN_FORCE_DEADLINE_S:g} s: `pals status` says what holds it",
         )
 
     async def read(self) -> Measurement:
@@ -96,15 +83,19 @@ class HeldReplica:
 
     async def idle(self) -> None:
         """Wait until no request runs or waits. Raises `MeasuringError`."""
+        await self._until(
+            lambda read: _requests(read.reading) == 0,
+            IDLE_DEADLINE_S,
+            "serves other requests: measuring takes the replica for itself, so send them elsewhere meanwhile",
+        )
+
+    async def _until(self, holds: Callable[[Measurement], bool], deadline_s: float, otherwise: str) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(IDLE_DEADLINE_S):
-                while _requests((await self.read()).reading) > 0:
+            async with asyncio.timeout(deadline_s):
+                while not holds(await self.read()):
                     await asyncio.sleep(0.1)
                 return
-        raise MeasuringError(
-            f"{self.subject.replica_id} serves other requests: measuring takes the replica for itself, so send them "
-            "elsewhere meanwhile"
-        )
+        raise MeasuringError(f"{self.subject.replica_id} {otherwise}")
 
     async def renew(self) -> None:
         """Renew the hold for ever; a manager that is away may come back within the lease."""
@@ -149,27 +140,27 @@ async def held(model: str) -> AsyncIterator[HeldReplica]:
 async def measure(
     replica: HeldReplica,
     point: OperatingPoint,
-    load: Callable[[int], ClosedLoop],
+    load: ClosedLoop,
     rule: SteadyRule,
-    tell: Callable[[PointProgress], None],
+    tell: Callable[[float, str], None],
 ) -> ProfileSample:
     """Measure one point under a load of as many requests as the batch limit. Raises `MeasuringError`, `HoldRefused`.
 
     Readings count from when every sequence of the batch has had its first token, while the point is in force and
-    nobody else's request runs.
+    nobody else's request runs. `tell` is called with the share that is done and what is waited for.
     """
     await replica.idle()
     await replica.hold(point)
     begun = first_tokens((await replica.read()).reading)
     readings: list[Reading] = []
     reason = "first tokens of the whole batch"
-    async with _abandoned_at_the_end(load(point.batch_limit)) as clients:
+    async with loaded(load):
         try:
             async with asyncio.timeout(POINT_DEADLINE_S):
                 while True:
                     await asyncio.sleep(READ_S)
-                    if clients.result.failures:
-                        raise MeasuringError(f"a request of the load failed: {clients.result.failures[0]}")
+                    if load.result.failures:
+                        raise MeasuringError(f"a request of the load failed: {load.result.failures[0]}")
                     read = await replica.read()
                     if not replica.in_force(read) or _requests(read.reading) > point.batch_limit:
                         readings, reason = [], "the point in force, and no other requests"
@@ -179,22 +170,12 @@ async def measure(
                         if window is not None:
                             return _sample(window, point, replica.subject)
                     elapsed_s = readings[-1].time_s - readings[0].time_s if readings else 0.0
-                    tell(PointProgress(min(elapsed_s / rule.least_s, 0.95), reason))
+                    tell(min(elapsed_s / rule.least_s, 0.95), reason)
         except TimeoutError:
             raise NotSteady(
                 f"{replica.subject.replica_id} at {point.cap_w:g} W, batch limit {point.batch_limit} was not steady "
                 f"within {POINT_DEADLINE_S:g} s: {reason}"
             ) from None
-
-
-@asynccontextmanager
-async def _abandoned_at_the_end(loop: ClosedLoop) -> AsyncIterator[ClosedLoop]:
-    """A load whose requests are dropped at the end instead of waited for."""
-    async with loop:
-        try:
-            yield loop
-        finally:
-            loop.abandon()
 
 
 def _at_cap(read: Measurement, point: OperatingPoint) -> bool:

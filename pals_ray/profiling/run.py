@@ -1,4 +1,4 @@
-"""A profiling run: which points, one after another, each written down before the next; an interrupted run goes on."""
+"""A profiling run: points are chosen one after another and written down each, so that an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pals_ray.profiling.measure import NotSteady
 from pals_ray.types import OperatingPoint
 
 _CAP_LEVELS = 7
-#: Two points that do not become steady are chance; with the third the run ends.
+#: One or two points may fail to become steady by chance; with the third the run ends.
 _MOST_UNSTEADY = 3
 
 Measure = Callable[[OperatingPoint], Awaitable[ProfileSample]]
@@ -35,11 +35,11 @@ class Grid:
     batch: FloatArray
 
     def at(self, index: int) -> OperatingPoint:
-        """The point at a place."""
+        """The point at an index."""
         return OperatingPoint(float(self.cap_w[index]), int(self.batch[index]))
 
     def index_of(self, point: OperatingPoint) -> int | None:
-        """A point's place, None where it is not on the grid."""
+        """A point's index, None where it is not on the grid."""
         found = np.flatnonzero((self.cap_w == point.cap_w) & (self.batch == point.batch_limit))
         return int(found[0]) if len(found) else None
 
@@ -131,7 +131,7 @@ async def measure_all(
 
 
 def _next(profile: Profile, grid: Grid, skipped: list[int], spec: ModelSpec | None) -> int | None:
-    """The grid's most telling point beside those measured and skipped; samples off the grid tell all the same."""
+    """The most informative point of the grid that is neither measured nor skipped, given all samples so far."""
     measured = [grid.index_of(OperatingPoint(s.power_cap_w, s.batch_limit)) for s in profile.samples]
     taken = [*skipped, *(index for index in measured if index is not None)]
     return next_point(grid.cap_w, grid.batch, taken, profile.table(), spec)

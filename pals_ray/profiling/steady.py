@@ -1,4 +1,4 @@
-"""When a replica under constant load is steady: two halves of a window that say the same of it."""
+"""When a replica under constant load is steady: both halves of a window show the same throughput and power."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class SteadyRule:
     """A window counts as steady if it lasts `least_s`, holds `least_first_tokens` first tokens, and its halves differ
     by at most these shares in throughput (and one engine step more, which counts tokens in lumps) and in power.
 
-    Where the host is too busy, it would be measured in the replica's stead: on average `least_fill` of the batch limit
-    must run, and steps on virtual GPUs keep at least `least_pace` of the modelled speed.
+    A host that is too busy would be measured instead of the replica. So on average `least_fill` of the batch limit must
+    run, and steps on virtual GPUs must keep at least `least_pace` of the modelled speed.
     """
 
     least_s: float = 15.0
@@ -38,14 +38,9 @@ class Window:
         return self.last.time_s - self.first.time_s
 
     @property
-    def tokens(self) -> int:
-        """Output tokens in it."""
-        return _tokens(self.last) - _tokens(self.first)
-
-    @property
     def throughput_tokens_per_s(self) -> float:
         """Mean output tokens/s."""
-        return self.tokens / self.elapsed_s
+        return (_tokens(self.last) - _tokens(self.first)) / self.elapsed_s
 
     @property
     def power_w(self) -> float:
@@ -86,7 +81,7 @@ def first_tokens(reading: Reading) -> int:
 
 
 def _difference(one: Window, two: Window, rule: SteadyRule) -> str | None:
-    """How two halves differ, None where they say the same."""
+    """How two halves differ, None where they agree."""
     lump = max(half.last.engine.running if half.last.engine else 0 for half in (one, two))
     before, after = one.throughput_tokens_per_s, two.throughput_tokens_per_s
     allowed = rule.throughput_share * before + lump / min(one.elapsed_s, two.elapsed_s)
@@ -98,7 +93,7 @@ def _difference(one: Window, two: Window, rule: SteadyRule) -> str | None:
 
 
 def _held_up(readings: Sequence[Reading], rule: SteadyRule) -> str | None:
-    """How the host holds the replica up, None where it does not."""
+    """How a busy host slows the replica down, None where it does not."""
     engines = [reading.engine for reading in readings if reading.engine is not None]
     first, last = engines[0], engines[-1]
     running = sum(engine.running for engine in engines) / len(engines)

@@ -10,7 +10,7 @@ import numpy as np
 
 from pals_ray.control.charge import ChargeTerms, group_terms
 from pals_ray.control.messages import ManagedGpu, NodeInfo, ReplicaSpec
-from pals_ray.models.physics.step_cost import die_factor
+from pals_ray.models.physics.die_spread import die_factor
 from pals_ray.models.physics.stepper import GroupStepper
 from pals_ray.models.specs import find_gpu
 from pals_ray.simulation.engine.energy_meter import Meter

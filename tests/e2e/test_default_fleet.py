@@ -17,7 +17,7 @@ import yaml
 
 import pals_ray
 from deployments.application import DEFAULT_CONFIG
-from pals_ray.cli.validate_simulation import live_setting, run_live
+from pals_ray.bench.validate_simulation import live_setting, run_live
 from pals_ray.config.fleet import load_fleet_config
 from pals_ray.evaluation.side_by_side import HeldPoint, requests_of, rows_of, simulated, summary
 from pals_ray.profiling.load import ClosedLoop, RequestShape

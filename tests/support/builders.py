@@ -73,7 +73,7 @@ def charge_terms(gpus: int = 1, node_gpus: int = 8, overhead: Overhead | None = 
 
 
 def grant(
-    epoch: int = 1, seq: int = 1, charge_w: float = 300.0, lease_s: float = 5.0, replica_id: str = "r", **more
+    epoch: int = 1, seq: int = 1, charge_w: float = 500.0, lease_s: float = 5.0, replica_id: str = "r", **more
 ) -> Grant:
     """A grant to a replica `r`."""
     return Grant(replica_id, epoch, seq, charge_w, lease_s, "a share", **more)

@@ -1,4 +1,7 @@
-"""Dividing a budget between replicas' menus: by priority class, minimum shares first, each class near its optimum."""
+"""Dividing a budget between replicas' menus: minimum shares first, then one priority class after another.
+
+Small classes are divided by `small_fleet_division`, large ones by `large_fleet_division`.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from pals_ray.control.allocation.large_fleet_division import dual_bound, find_pr
 from pals_ray.control.allocation.menu_table import Division, MenuTable
 from pals_ray.control.allocation.small_fleet_division import solve_exactly
 
-#: Up to so many replicas are divided exactly (tens of ms).
+#: Up to so many replicas are divided exactly, which takes tens of ms.
 EXACT_REPLICAS = 64
 
-#: Divides budgets that hold the watts above everybody's first point between menus of one class.
+#: Divides the budgets, less the watts of all first points, between the menus of one class.
 Solver = Callable[[MenuTable, BudgetTree], Division]
 
 
@@ -24,15 +27,15 @@ def solve(menus: MenuTable, tree: BudgetTree) -> Division:
 
     `tree.budget_w` is whole watts above the first points, none negative.
     """
-    prices = find_prices(menus, tree)
-    net = surplus(menus, tree, prices.node)
-    bound = dual_bound(net, tree, prices.node)
-    index = round_up(menus, tree, prices.node, net, prices.index, bound)
-    if len(menus) <= EXACT_REPLICAS:
-        index = solve_exactly(menus, tree, prices.node, net, index)
-        value = float(menus.at(index)[1].sum())
-        return Division(index, value, value)
-    return Division(index, float(menus.at(index)[1].sum()), bound)
+    price, index = find_prices(menus, tree)
+    net = surplus(menus, tree, price)
+    bound = dual_bound(net, tree, price)
+    index = round_up(menus, tree, price, net, index, bound)
+    exact = len(menus) <= EXACT_REPLICAS
+    if exact:
+        index = solve_exactly(menus, tree, price, net, index)
+    value = float(menus.at(index)[1].sum())
+    return Division(index, value, value if exact else bound)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +60,9 @@ def divide(
 ) -> FleetDivision:
     """Divide the watts above the least charges: minimum shares first, then classes in order of their priority number.
 
-    `tree.budget_w` is whole watts above the least charges; where it is negative, everybody below stays at the first
-    point. `floor` (n,) is each replica's first point at its minimum share: a constraint while all of them fit, else
-    reached as far as possible, class by class.
+    `tree.budget_w` is whole watts above the least charges; where it is negative, all replicas below stay at their first
+    point. `floor` (n,) is each replica's first point at its minimum share. While all of them fit they are a constraint,
+    otherwise each class is raised towards them as far as possible.
     """
     short = (tree.members() & (tree.budget_w < 0)[:, None]).any(axis=0)
     tree = replace(tree, budget_w=np.maximum(tree.budget_w, 0.0))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pals_ray.control.snapshot import Domain, FleetSnapshot, ReplicaSnapshot
+from pals_ray.control.snapshot import Domain, FleetSnapshot, ReplicaSnapshot, Share
 from pals_ray.errors import PalsError
 
 FloatArray = NDArray[np.float64]
@@ -136,7 +136,7 @@ def _level(weight: FloatArray, least_w: FloatArray, most_w: FloatArray, left_w: 
         return np.inf
     if below_w >= left_w:
         return 0.0
-    # The sum is piecewise linear in the level and bends only at knots: find the two on either side of `left_w`.
+    # The sum is piecewise linear in the level between knots: find the two knots on either side of `left_w`.
     knots = np.sort(np.concatenate([least_w / weight, most_w / weight]))
     low, high = 0, len(knots) - 1
     while high - low > 1:
@@ -155,7 +155,34 @@ def bounds_w(snapshot: FleetSnapshot) -> tuple[FloatArray, FloatArray]:
     return least_w, most_w
 
 
-def held_reason(tree: BudgetTree, replica: ReplicaSnapshot, charge_w: float, held_by: int) -> str:
+def shares_in_stages(
+    snapshot: FleetSnapshot,
+    stages: Sequence[tuple[FloatArray, FloatArray]],
+    describe: Callable[[int, ReplicaSnapshot, float], str],
+) -> dict[str, Share]:
+    """Fill the budgets evenly, stage after stage, each with weights and most charges (n,), W.
+
+    `describe` says for a replica's position, the replica and its charge what the share is; what holds the charge there
+    is added.
+    """
+    tree = BudgetTree.of(snapshot)
+    charge_w, _ = bounds_w(snapshot)
+    held_by = np.full(len(charge_w), -1)
+    for weight, most_w in stages:
+        charge_w, held = fill_evenly(tree, weight, charge_w, most_w)
+        held_by = np.where(held_by >= 0, held_by, held)
+    return {
+        r.replica_id: Share(w, f"{describe(i, r, w)}, {_held_reason(tree, r, w, v)}")
+        for i, (r, w, v) in enumerate(zip(snapshot.replicas, charge_w.tolist(), held_by.tolist(), strict=True))
+    }
+
+
+def gpu_counts(snapshot: FleetSnapshot) -> FloatArray:
+    """(n,): GPUs of each replica."""
+    return np.array([r.num_gpus for r in snapshot.replicas], dtype=float)
+
+
+def _held_reason(tree: BudgetTree, replica: ReplicaSnapshot, charge_w: float, held_by: int) -> str:
     """What keeps a replica's charge where it is, in words."""
     if replica.parked:
         return "its least: it is parked"

@@ -16,7 +16,7 @@ import numpy as np
 from pals_ray.control.allocation.budget_tree import BudgetTree, FloatArray, IntArray
 from pals_ray.control.allocation.menu_table import MenuTable
 
-#: The coarse round looks at so many points of a menu and tries so many prices, evenly in their logarithm.
+#: The coarse round looks at so many points of a menu, and tries so many prices, evenly spaced in their logarithm.
 COARSE_POINTS, COARSE_PRICES = 25, 12
 LOWEST = 1e-3
 #: The closer round tries these multiples of the price that the coarse one found for each node.
@@ -24,27 +24,20 @@ CLOSER_PRICES = np.array([1.4, 1.15, 1.05, 1.0, 0.95, 0.87, 0.7])
 #: Rounding stops at this relative distance from the bound.
 CLOSE_ENOUGH = 1e-4
 MIN_GAIN = 1e-9
-#: Moves are tried in order of what they can lose: first those within this part of what a pair can gain, then all.
+#: Moves that lose at most the first part of what a pair can gain are tried first, then all moves.
 LOSS_PARTS = (1 / 16, 1.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """`node` is the price of a watt below each node (at least its parent's), `index` (n,) the rounded-down division."""
+def find_prices(menus: MenuTable, tree: BudgetTree) -> tuple[FloatArray, IntArray]:
+    """The relaxation's prices (nodes,) and the division (n,) that is left when each last, partial step is dropped.
 
-    node: FloatArray
-    index: IntArray
-
-
-def find_prices(menus: MenuTable, tree: BudgetTree) -> Prices:
-    """The relaxation's prices and the division that is left when each last, partial step is dropped."""
+    A node's price of a watt is at least its parent's.
+    """
     stride = max(1, menus.extra_w.shape[1] // COARSE_POINTS)
-    coarse = MenuTable(
-        np.ascontiguousarray(menus.extra_w[:, ::stride]),
-        np.ascontiguousarray(menus.value[:, ::stride]),
-    )
+    coarse = MenuTable(*(np.ascontiguousarray(part[:, ::stride]) for part in (menus.extra_w, menus.value)))
     tried = np.tile(_price_range(coarse), (len(tree.parent), 1))
-    return _merge(menus, tree, _merge(coarse, tree, tried).node[:, None] * CLOSER_PRICES)
+    price, _ = _merge(coarse, tree, tried)
+    return _merge(menus, tree, price[:, None] * CLOSER_PRICES)
 
 
 def dual_bound(net: FloatArray, tree: BudgetTree, price: FloatArray) -> float:
@@ -74,7 +67,7 @@ def _price_range(menus: MenuTable) -> FloatArray:
     return np.geomspace(gains.max(), LOWEST * np.median(gains), COARSE_PRICES)
 
 
-def _merge(menus: MenuTable, tree: BudgetTree, tried: FloatArray) -> Prices:
+def _merge(menus: MenuTable, tree: BudgetTree, tried: FloatArray) -> tuple[FloatArray, IntArray]:
     """Envelopes through the vertices at `tried` (nodes, k) falling prices, merged by slope and truncated bottom-up."""
     n = len(menus)
     rows = np.arange(n)[:, None]
@@ -82,7 +75,7 @@ def _merge(menus: MenuTable, tree: BudgetTree, tried: FloatArray) -> Prices:
     step_w = np.diff(menus.extra_w[rows, vertex], axis=1)
     gain = np.diff(menus.value[rows, vertex], axis=1)
     slope = np.divide(gain, step_w, out=np.full_like(gain, np.inf), where=step_w > 0)
-    # Steps of one envelope stay in order whatever rounding errors say of collinear ones.
+    # Rounding errors must not change the order of collinear steps of one envelope.
     slope = np.minimum.accumulate(slope, axis=1) * (1 - 1e-12 * np.arange(slope.shape[1]))
     replica, column = np.nonzero(step_w > 0)
     step_w, slope = step_w[replica, column], slope[replica, column]
@@ -98,7 +91,7 @@ def _merge(menus: MenuTable, tree: BudgetTree, tried: FloatArray) -> Prices:
         total_w = np.cumsum(step_w[taken])
         fits = int(np.searchsorted(total_w, tree.budget_w[v], side="right"))
         if fits < len(taken):
-            # The step that fits in part counts as far as it fits, so that budgets further out keep those watts free.
+            # The step that fits only in part counts as far as it fits, so that outer budgets keep those watts free.
             last = taken[fits]
             price[v], whole[last] = slope[last], False
             step_w[last] = tree.budget_w[v] - (total_w[fits - 1] if fits else 0.0)
@@ -112,12 +105,12 @@ def _merge(menus: MenuTable, tree: BudgetTree, tried: FloatArray) -> Prices:
     taken = pool[0][whole[pool[0]]]
     index = np.zeros(n, dtype=np.int64)
     np.maximum.at(index, replica[taken], vertex[replica[taken], column[taken] + 1])
-    return Prices(price, index)
+    return price, index
 
 
 @dataclass(frozen=True, slots=True)
 class _Moves:
-    """Points that replicas could change to, by rising watts; one is nobody's (-1) and changes nothing."""
+    """Points that replicas could change to, by rising watts; one of them has no replica (-1) and changes nothing."""
 
     replica: IntArray
     point: IntArray
@@ -126,7 +119,7 @@ class _Moves:
 
 
 class _Rounding:
-    """A division under way: points taken and watts left in each budget."""
+    """A division in progress: the points taken and the watts left in each budget."""
 
     def __init__(
         self, menus: MenuTable, tree: BudgetTree, price: FloatArray, net: FloatArray, index: IntArray, bound: float
@@ -169,12 +162,12 @@ class _Rounding:
         order = np.argsort(more_w)
         start = int(np.searchsorted(more_w[order], 0.0))
         order = np.concatenate([order[:start], [-1], order[start:]])
-        nobody = order < 0
+        none = order < 0
         return _Moves(
-            np.where(nobody, -1, replica[order]),
+            np.where(none, -1, replica[order]),
             point[order],
-            np.where(nobody, 0.0, more_w[order]),
-            np.where(nobody, 0.0, gain[order]),
+            np.where(none, 0.0, more_w[order]),
+            np.where(none, 0.0, gain[order]),
         )
 
     def _room_below_w(self, v: int) -> FloatArray:
@@ -186,7 +179,7 @@ class _Rounding:
 
     @staticmethod
     def _best_pair(moves: _Moves, left_w: float) -> list[tuple[int, int]]:
-        """The two moves of different replicas that gain most within the watts left; one of them may be nobody's."""
+        """The one or two moves, of different replicas, that gain most within the watts left."""
         most = np.maximum.accumulate(moves.gain)
         best = np.maximum.accumulate(np.where(moves.gain >= most, np.arange(len(most)), 0))
         partner = np.searchsorted(moves.more_w, left_w - moves.more_w, side="right") - 1

@@ -1,6 +1,6 @@
 """Measurement holds: a replica kept at one operating point for a profiler, while the others divide the rest.
 
-A hold is leased: a profiler that dies renews it no more, and the next division is the policy's again.
+A hold is leased: when a profiler dies its hold is not renewed, and the policy divides all watts again.
 """
 
 from __future__ import annotations
@@ -80,13 +80,8 @@ class MeasurementHolds:
         ids = [r.replica_id for r in snapshot.replicas]
         if replica_id not in ids:
             raise HoldRefused(f"{replica_id} does not serve: it holds no GPUs that could be capped")
-        tree = BudgetTree.of(snapshot)
-        others_w = np.array(
-            [
-                0.0 if name == replica_id else self._least_w(r, snapshot)
-                for name, r in zip(ids, snapshot.replicas, strict=True)
-            ]
-        )
+        tree, rows = BudgetTree.of(snapshot), snapshot.replicas
+        others_w = np.array([0.0 if r.replica_id == replica_id else self._least_w(r, snapshot) for r in rows])
         left_w = tree.budget_w - tree.subtotals_w(others_w)
         path = tree.paths()[tree.node_of[ids.index(replica_id)]]
         tightest = min(path, key=lambda node: float(left_w[node]))
@@ -95,7 +90,7 @@ class MeasurementHolds:
     def divide(
         self, snapshot: FleetSnapshot, policy: Callable[[FleetSnapshot], Mapping[str, Share]]
     ) -> Mapping[str, Share]:
-        """Shares of all: those held first, their watts taken off like parked ones, then the policy's of the others."""
+        """Shares of all: the replicas held, their watts taken off like parked ones, then the policy's for the rest."""
         self._drop_ended(snapshot)
         if not self._holds:
             return policy(snapshot)

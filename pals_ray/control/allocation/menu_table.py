@@ -1,4 +1,4 @@
-"""MenuTable of (watts, value) and what it takes to compare divisions of them."""
+"""All replicas' menus of (watts, value) as arrays, and a division: one point of each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from pals_ray.control.allocation.budget_tree import FloatArray, IntArray
 
-#: Points worked on at a time, so that several prices are tried while they are in a core's cache.
+#: Points worked on at a time, so that all prices are tried while the points are in the CPU's cache.
 CACHED_POINTS = 25_600
 
 

@@ -1,4 +1,4 @@
-"""Asking the policy: what each replica is to have, and what to do where it has no answer."""
+"""Running the policy: when its answer is passed on, and what happens where it fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pals_ray.control.snapshot import FleetSnapshot, Policy, Share
 from pals_ray.errors import PalsError
 from pals_ray.models.power_model import PowerModel
 
-#: A share this near the present grant is not worth a driver call, as a part of that grant.
+#: A share that differs by less than this part of the present grant is not worth a driver call.
 NEAR = 0.02
 
 log = logging.getLogger("pals.manager")
@@ -35,8 +35,10 @@ class PolicyRunner:
     def shares(
         self, snapshot: FleetSnapshot, models: Mapping[str, PowerModel], holds: MeasurementHolds | None = None
     ) -> Mapping[str, Share] | None:
-        """What each replica is to have, those held to be measured first; None where all stays as it is: nothing has
-        moved, or the policy fails."""
+        """What each replica is to have, those held for a measurement first.
+
+        None where everything stays as it is, because nothing has moved or because the policy fails.
+        """
         if not snapshot.replicas:
             return None
         moved_w = 0.0 if self._budget_w is None else snapshot.budget_w - self._budget_w

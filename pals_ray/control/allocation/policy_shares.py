@@ -1,4 +1,4 @@
-"""From a snapshot and its models to shares: menus, their division, spare watts, and whether to move at all."""
+"""From a snapshot and its models to shares: menus, their division, spare watts, and whether to adopt it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from pals_ray.control.replica.prediction import MENU_CAPS, Surface, predict_rang
 from pals_ray.control.snapshot import FleetSnapshot, ReplicaSnapshot, Share
 from pals_ray.models.power_model import PowerModel
 
-#: Share of its target under which a replica with requests waiting is in violation, as ARCHITECTURE.md's Words say.
+#: A replica with requests waiting is in violation below this share of its target.
 SERVED = 0.98
 #: A violation is repaired by a raise of at least this share of the present grant.
 LEAST_RAISE = 0.01
-#: What a budget that moved has to leave free, or take away, as a share of it, for the present division to be given up.
+#: A budget that moved forces a new division if it leaves more than this share of itself free, or fell by more.
 FREE_SHARE = 0.002
 
 
@@ -48,7 +48,7 @@ class FleetMenus:
     def of(
         cls, snapshot: FleetSnapshot, models: Mapping[str, PowerModel], pin_batch_limit: int | None = None
     ) -> FleetMenus:
-        """MenuTable of a fleet of at least one replica; `models` by replica id, else by model name."""
+        """The menus of a fleet of at least one replica; `models` by replica id, else by model name."""
         targets = targets_tokens_per_s(snapshot)
         surfaces: dict[tuple[int, float, float, int], Surface] = {}
         menus = []
@@ -85,7 +85,7 @@ class FleetMenus:
 
 def targets_tokens_per_s(snapshot: FleetSnapshot) -> dict[str, float | None]:
     """Each replica's part of its model's target: by demand where that is known of all its replicas, else even."""
-    parts: dict[str, float | None] = {}
+    parts: dict[str, float | None] = dict.fromkeys(r.replica_id for r in snapshot.replicas)
     for model in {r.model for r in snapshot.replicas}:
         serving = [r for r in snapshot.replicas if r.model == model and not r.parked]
         known = [r.demand_tokens_per_s for r in serving if r.demand_tokens_per_s is not None]
@@ -94,7 +94,7 @@ def targets_tokens_per_s(snapshot: FleetSnapshot) -> dict[str, float | None]:
             whole = r.target.throughput_tokens_per_s
             part = (r.demand_tokens_per_s or 0.0) / sum(known) if by_demand else 1 / len(serving)
             parts[r.replica_id] = None if whole is None else whole * part
-    return {r.replica_id: parts.get(r.replica_id) for r in snapshot.replicas}
+    return parts
 
 
 def serving(snapshot: FleetSnapshot) -> dict[str, int]:
@@ -133,39 +133,34 @@ def best_shares(
     needed_w = fleet.least_w + extra_w
     gpus = np.array([r.num_gpus for r in snapshot.replicas], dtype=float)
     charge_w, _ = fill_evenly(fleet.tree, gpus, needed_w, np.maximum(fleet.most_w, needed_w))
-    grant_w = np.array([r.grant_w for r in snapshot.replicas])
-    why = "the optimum" if not keep_present else ""
+    why = "the optimum"
     if keep_present:
-        worse_off = grant_w * (1 + LEAST_RAISE) < charge_w
-        binds = np.array([r.telemetry.binding_share >= BINDING for r in snapshot.replicas])
-        at_grant = np.array([r.charge_w >= (1 - LEAST_RAISE) * r.grant_w for r in snapshot.replicas])
-        costly = (binds & (charge_w < grant_w)).any()
-        decided = adoption(
-            _forced(snapshot, fleet, grant_w),
-            [
-                r.replica_id
-                for r, m, more in zip(snapshot.replicas, fleet.replicas, worse_off.tolist(), strict=True)
-                if more and violating(r, m.wanted_tokens_per_s)
-            ],
-            fleet.values_by_class(fleet.worth(grant_w)),
-            fleet.values_by_class(value),
-            [snapshot.replicas[i].replica_id for i in np.flatnonzero(worse_off & binds & at_grant) if not costly],
-        )
-        if not decided.adopt:
-            return {r.replica_id: Share(r.grant_w, decided.reason) for r in snapshot.replicas}
-        why = decided.reason
-    near = _nearness(division)
+        adopt, why = _adoption(snapshot, fleet, charge_w, value)
+        if not adopt:
+            return {r.replica_id: Share(r.grant_w, why) for r in snapshot.replicas}
+    near, spare_w = _nearness(division), charge_w - needed_w
     return {
-        r.replica_id: Share(w, f"{_predicted(m, k)}, {w - n:.0f} W to spare; {why}; {near}")
-        for r, m, k, n, w in zip(
-            snapshot.replicas,
-            fleet.replicas,
-            division.index.tolist(),
-            needed_w.tolist(),
-            charge_w.tolist(),
-            strict=True,
-        )
+        r.replica_id: Share(float(charge_w[i]), f"{_predicted(m, k)}, {spare_w[i]:.0f} W to spare; {why}; {near}")
+        for i, (r, m, k) in enumerate(zip(snapshot.replicas, fleet.replicas, division.index.tolist(), strict=True))
     }
+
+
+def _adoption(snapshot: FleetSnapshot, fleet: FleetMenus, charge_w: FloatArray, value: FloatArray) -> tuple[bool, str]:
+    """Whether to adopt a division with these charges and values (n,), and why."""
+    rows = snapshot.replicas
+    grant_w = np.array([r.grant_w for r in rows])
+    gains = grant_w * (1 + LEAST_RAISE) < charge_w
+    binds = np.array([r.telemetry.binding_share >= BINDING for r in rows])
+    at_grant = np.array([r.charge_w >= (1 - LEAST_RAISE) * r.grant_w for r in rows])
+    costly = (binds & (charge_w < grant_w)).any()
+    repairs = [i for i in np.flatnonzero(gains) if violating(rows[i], fleet.replicas[i].wanted_tokens_per_s)]
+    return adoption(
+        _forced(snapshot, fleet, grant_w),
+        [rows[i].replica_id for i in repairs],
+        fleet.values_by_class(fleet.worth(grant_w)),
+        fleet.values_by_class(value),
+        [] if costly else [rows[i].replica_id for i in np.flatnonzero(gains & binds & at_grant)],
+    )
 
 
 def _forced(snapshot: FleetSnapshot, fleet: FleetMenus, grant_w: FloatArray) -> str | None:
@@ -179,10 +174,10 @@ def _forced(snapshot: FleetSnapshot, fleet: FleetMenus, grant_w: FloatArray) -> 
     if outside.any():
         return f"forced: {snapshot.replicas[int(outside.argmax())].replica_id} has no grant within its range"
     free_w, much_w = -over_w[0], FREE_SHARE * fleet.tree.budget_w[0]
-    # While a budget rises by small steps, none of them gains as much as a new division has to.
+    # A budget may rise in steps that are each too small for the gain that a new division has to have.
     if snapshot.budget_moved_w != 0.0 and free_w > much_w:
         return f"forced: the budget has moved and leaves {free_w:.0f} W free"
-    # The ledger fits grants into a smaller budget at once and evenly, whoever needs them.
+    # The ledger has already shrunk all grants evenly into the smaller budget, regardless of who needs them.
     if snapshot.budget_moved_w < -much_w:
         return f"forced: the budget fell by {-snapshot.budget_moved_w:.0f} W, and all grants with it"
     return None
@@ -201,7 +196,7 @@ def _nearness(division: FleetDivision) -> str:
 
 
 def _unmodelled(replica: ReplicaSnapshot) -> ReplicaMenu:
-    """Without a model every watt up to its natural draw counts alike."""
+    """The menu of a replica without a model: every watt up to its natural draw is worth the same."""
     natural_w = replica.natural_draw_w or replica.num_gpus * replica.max_limit_w / (1 + HEADROOM)
     most_extra_w = float(np.floor(most_charge_w(replica, natural_w) - replica.least_charge_w))
     share = np.linspace(0.0, 1.0, MENU_CAPS)

@@ -1,4 +1,4 @@
-"""A replica's menu: what each more watt of charge is predicted to be worth, from its model, target and demand."""
+"""A replica's menu: what each further watt is predicted to be worth, by its model, target and demand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pals_ray.control.replica.batch_choice import best_batch
+from pals_ray.control.replica.batch_choice import best_batch, implied_batch, pinned_column, served_share
 from pals_ray.control.replica.demand_feedback import demand_with_queue_tokens_per_s
 from pals_ray.control.replica.prediction import BUSY_SIGMAS, Surface, latency_score
 from pals_ray.control.snapshot import ReplicaSnapshot, TailFactors
@@ -52,10 +52,11 @@ def replica_menu(
     demand = 0.0 if replica.parked else demand_with_queue_tokens_per_s(arriving, replica.telemetry, on)
     wanted = min(demand, np.inf if target_tokens_per_s is None else target_tokens_per_s)
     wanted = float(on.capacity_tokens_per_s[-1].max()) if np.isinf(wanted) else wanted
-    met = latency_score(replica.target, _planned(on, demand, replica.tails))
-    share, implied, chosen = best_batch(on, demand, wanted, met, may_wait=replica.target.ttft_p99_s is None)
-    if pin_batch_limit is not None:
-        chosen = np.minimum(implied, max(int(np.searchsorted(on.batch, pin_batch_limit, side="right")) - 1, 0))
+    share = served_share(on, wanted, latency_score(replica.target, _planned(on, demand, replica.tails)))
+    if pin_batch_limit is None:
+        chosen = best_batch(on, demand, wanted, share, may_wait=replica.target.ttft_p99_s is None)
+    else:
+        chosen = np.minimum(implied_batch(on, demand), pinned_column(on, pin_batch_limit))
     caps = np.arange(len(on.cap_w))
     share, power_w, honours = share[caps, chosen], on.power_w[caps, chosen], on.honours_cap[caps, chosen]
 
@@ -64,12 +65,14 @@ def replica_menu(
     extra_w = np.ceil(np.maximum.accumulate(charge_w) - replica.least_charge_w - 1e-6)
     extra_w = np.clip(extra_w, 0.0, np.floor(replica.most_charge_w - replica.least_charge_w))
     extra_w[0] = 0.0
-    most_extra_w = _most_extra_w(replica, float(power_w[-1]))
+    # The natural draw is predicted for the demand's batch; a measured one, with prefill in it, counts if it is higher.
+    natural_w = max(float(power_w[-1]), replica.natural_draw_w or 0.0)
+    most_extra_w = float(np.floor(most_charge_w(replica, natural_w) - replica.least_charge_w))
     last = int(np.searchsorted(extra_w, most_extra_w, side="right")) - 1
     kept = np.minimum(caps, last)
-    # At a cap under the clock floor's draw a replica is charged less than it draws, out of others' watts: what it
-    # serves there counts for the part that it pays for, or the lowest cap would be the best bargain of all. While one
-    # sequence at a time is more than enough the clocks mostly rest.
+    # Below the clock floor's draw a cap is charged less than the replica draws, at other replicas' expense. There the
+    # value counts only in proportion to the charge, or the lowest cap would always seem best. A replica that one
+    # sequence at a time keeps only partly busy draws that much for only a part of the time.
     busy = min(demand / max(float(on.capacity_tokens_per_s[0, 0]), 1e-9), 1.0)
     paid = np.ones_like(share)
     paid[0] = 1.0 - busy * (1.0 - replica.least_charge_w / max(float(charge_w[0]), replica.least_charge_w))
@@ -81,10 +84,12 @@ def replica_menu(
 
 
 def _planned(on: Surface, demand: float, tails: TailFactors) -> Surface:
-    """A surface with the latencies that the agent plans with: what its feedback says of those of a crowd, where a batch
-    serves the demand, and of the batch itself where it is full."""
-    crowd = np.minimum(np.searchsorted(on.batch, on.batch + BUSY_SIGMAS * np.sqrt(on.batch)), len(on.batch) - 1)
-    column = np.where(on.capacity_tokens_per_s >= demand, crowd, np.arange(len(on.batch)))
+    """A surface with the latencies that the agent plans with, its feedback included.
+
+    Where a batch serves the demand they are those of busy moments, and where it does not, those of the full batch.
+    """
+    busy = np.minimum(np.searchsorted(on.batch, on.batch + BUSY_SIGMAS * np.sqrt(on.batch)), len(on.batch) - 1)
+    column = np.where(on.capacity_tokens_per_s >= demand, busy, np.arange(len(on.batch)))
     itl_s, ttft_s = (np.take_along_axis(values, column, axis=1) for values in (on.itl_p99_s, on.ttft_p99_s))
     return replace(on, itl_p99_s=tails.itl * itl_s, ttft_p99_s=tails.ttft * ttft_s)
 
@@ -92,7 +97,7 @@ def _planned(on: Surface, demand: float, tails: TailFactors) -> Surface:
 def most_charge_w(replica: ReplicaSnapshot, natural_draw_w: float) -> float:
     """The most that a replica is granted, W: natural draw (GPU watts) x (1 + headroom), a step more where that binds.
 
-    Also at least the burst floor; never outside its least and most charge.
+    It is at least the burst floor, and never outside the replica's least and most charge.
     """
     if replica.parked:
         return replica.least_charge_w
@@ -103,14 +108,8 @@ def most_charge_w(replica: ReplicaSnapshot, natural_draw_w: float) -> float:
     return min(charge_w, replica.most_charge_w)
 
 
-def _most_extra_w(replica: ReplicaSnapshot, predicted_w: float) -> float:
-    """The natural draw is the predicted one at the demand's batch, or the measured one (prefill in it) where higher."""
-    natural_w = max(predicted_w, replica.natural_draw_w or 0.0)
-    return float(np.floor(most_charge_w(replica, natural_w) - replica.least_charge_w))
-
-
 def _floor(replica: ReplicaSnapshot, on: Surface, share: FloatArray, extra_w: FloatArray, has_demand: bool) -> int:
-    """The first point that is a least grant: burst floor, and with demand minimum share and a TTFT that can be met."""
+    """The first point that gives the burst floor and, with demand, the minimum share and a TTFT that can be met."""
     wished = [np.flatnonzero(extra_w >= min(replica.target.burst_floor_w - replica.least_charge_w, extra_w[-1]))]
     if has_demand:
         wished.append(np.flatnonzero(share >= min(replica.target.min_share, share.max())))

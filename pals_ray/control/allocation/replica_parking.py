@@ -1,7 +1,7 @@
-"""Parking replicas: who is told to rest while the budget cannot give everyone the least grant.
+"""Parking replicas: which of them rest while the budget cannot give every replica its least grant.
 
 A parked replica has the lowest cap, runs one sequence at a time, and gets no new requests while another of its model
-is awake; so a model's last replica is never parked.
+is awake. So a model's last replica is never parked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pals_ray.control.allocation.policy_shares import FleetMenus
 from pals_ray.control.snapshot import FleetSnapshot, Policy, Share
 from pals_ray.models.power_model import PowerModel
 
-#: A parked replica is woken once all least grants leave this share of every budget free: else it would come and go.
+#: A parked replica is woken only when all least grants leave this share of every budget free, or it would alternate.
 SPARE = 0.05
 
 
@@ -38,7 +38,7 @@ class ReplicaParking:
 
 
 def to_park(snapshot: FleetSnapshot, models: Mapping[str, PowerModel], now: frozenset[str]) -> frozenset[str]:
-    """Who has to rest, lowest priority first and of those the least asked; `now` are those that rest already."""
+    """The replicas that have to rest, lowest priority first, then least demand; `now` are those that rest already."""
     if not snapshot.replicas:
         return frozenset()
     awake = replace(snapshot, replicas=tuple(replace(r, parked=False) for r in snapshot.replicas))
@@ -48,7 +48,7 @@ def to_park(snapshot: FleetSnapshot, models: Mapping[str, PowerModel], now: froz
 
 
 def _resting(snapshot: FleetSnapshot, fleet: FleetMenus, floor_w: FloatArray, spare: float) -> frozenset[str]:
-    """Who has to rest for all least grants (n,), W, to fit into every budget less the share `spare`, if they can."""
+    """Which have to rest so that all least grants (n,), W, fit every budget less the share `spare`, if possible."""
     rows, charge_w = snapshot.replicas, floor_w.copy()
     awake = Counter(r.model for r in rows)
     order = sorted(

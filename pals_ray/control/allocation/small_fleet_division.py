@@ -1,4 +1,7 @@
-"""The best division there is, by dynamic programming over whole watts up the tree of budgets."""
+"""The best division of a budget among up to some 64 replicas, by dynamic programming over whole watts.
+
+The tables of replicas are joined node by node, from the innermost budgets to the fleet's.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class _Table:
     value: FloatArray
 
     def pruned(self, price: float, least_net: float, budget_w: float) -> _Table:
-        """Without what is over the budget, and what no division better than the incumbent can contain."""
+        """Without sums over the budget, and without those that no division better than the incumbent contains."""
         value = self.value[: max(0, int(budget_w) - self.low_w + 1)]
         watts = self.low_w + np.arange(len(value))
         kept = value - price * watts >= least_net
@@ -33,13 +36,13 @@ class _Table:
         return _Table(self.low_w + int(where[0]), np.where(kept, value, -np.inf)[window])
 
     def options(self) -> _Options:
-        """Its watts that buy more than any fewer, as options for the budget above."""
+        """The watts whose value no fewer watts reach, as options for the budget above."""
         below = np.maximum.accumulate(np.concatenate([[-np.inf], self.value[:-1]]))
         where = np.flatnonzero(self.value > below)
         return _Options(self.low_w + where, self.value[where])
 
     def plus(self, options: _Options) -> _Table:
-        """Joined by one more replica or part of the tree: (max, +) convolution."""
+        """With one more replica or part of the tree: the (max, +) convolution."""
         low_w, span = int(options.extra_w[0]), int(options.extra_w[-1] - options.extra_w[0])
         joined = np.full(len(self.value) + span, -np.inf)
         for extra_w, value in zip((options.extra_w - low_w).tolist(), options.value.tolist(), strict=True):
@@ -48,7 +51,7 @@ class _Table:
         return _Table(self.low_w + low_w, joined)
 
     def split(self, options: _Options, watts: int) -> int:
-        """Which option `plus` took at these watts."""
+        """Which option `plus` took to reach these watts."""
         at = watts - options.extra_w - self.low_w
         inside = (at >= 0) & (at < len(self.value))
         total = np.where(inside, self.value[np.where(inside, at, 0)] + options.value, -np.inf)
@@ -77,9 +80,9 @@ def solve_exactly(
 ) -> IntArray:
     """The optimum (n,), never worse than `incumbent`.
 
-    `net` (n, p) is value less watts at the price (nodes,) of each replica's node. Every point and every partial sum
-    whose loss at these prices exceeds the incumbent's distance from the bound they prove is left out; none of those is
-    part of a better division (reduced-cost fixing).
+    `net` (n, p) is value less watts at the price (nodes,) of each replica's node. The prices prove an upper bound.
+    Points and partial sums that lose more at these prices than the incumbent is short of that bound are left out, for
+    no better division contains them (reduced-cost fixing).
     """
     most = net.max(axis=1)
     own = own_price(tree, price)

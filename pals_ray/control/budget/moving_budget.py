@@ -39,8 +39,10 @@ BudgetPlan = ScheduledBudget | FollowedSignal
 
 @dataclass(frozen=True, slots=True)
 class FleetWatts:
-    """What the fleet needs at its lowest caps, what it is charged (its reserve included), and its mean draw since it
-    was asked last (None: not known)."""
+    """What the fleet needs at its lowest caps, its charge with the reserve, and its mean draw since the last call, W.
+
+    The draw is None where it is not known.
+    """
 
     needed_w: float
     occupied_w: float
@@ -48,8 +50,11 @@ class FleetWatts:
 
 
 class BudgetMover:
-    """Says what the budget is to be now. Keeps time by the monotonic clock between two wall-clock readings, so that a
-    clock that jumps moves a schedule, which is written in wall time, but no signal."""
+    """Says what the budget is to be now.
+
+    A schedule is written in wall-clock time and follows that clock where it jumps. A signal goes on by the monotonic
+    clock.
+    """
 
     def __init__(self, plan: BudgetPlan, set_w: float, wall_s: float, now_s: float) -> None:
         """`set_w` is the budget that was set before, W: a schedule's while no entry holds. Raises `RegulationError`."""
@@ -67,7 +72,7 @@ class BudgetMover:
         return "the schedule" if self._schedule is not None else "the followed signal"
 
     def wait_s(self, wall_s: float, at_most_s: float) -> float:
-        """How long the budget needs no look, s: until the schedule's next change, and at most so long."""
+        """How long until the budget has to be looked at again, s: the schedule's next change, at most `at_most_s`."""
         return max(min(self._next_change_s - wall_s, at_most_s), 0.0)
 
     def ask(self, watts: FleetWatts, wall_s: float, now_s: float) -> tuple[float, BudgetSource]:
@@ -79,7 +84,7 @@ class BudgetMover:
     def _scheduled(self, schedule: Schedule, watts: FleetWatts, wall_s: float) -> tuple[float, BudgetSource]:
         asked = budget_at(schedule, self._set_w, wall_s)
         budget_w, warning = at_least(asked.budget_w, watts.needed_w, self.name)
-        # In a ramp it changes all the time: every beat is soon enough.
+        # On a ramp it changes all the time, and once every beat is often enough.
         self._next_change_s = asked.next_change_s if asked.next_change_s > wall_s else math.inf
         next_s = self._next_change_s if self._next_change_s < math.inf else None
         return budget_w, BudgetSource("schedule", self._set_w, asked.budget_w, asked.reason, warning, next_s)

@@ -1,4 +1,4 @@
-"""Budgets by the clock: which budget a schedule asks for at an instant, ramps included. Times are Unix s."""
+"""Schedules: which budget a schedule asks for at an instant, ramps included. Times are Unix s."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Following a signal: the draw wanted now, and the budget that makes the fleet draw it, under a hard ceiling."""
+"""Following a signal: the draw wanted now, and the budget, under a hard ceiling, that makes the fleet draw it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pals_ray.control.budget.schedule import at_least
 
-#: A fleet that leaves more than this share of its budget uncharged cannot draw more: a larger budget changes nothing.
+#: A fleet that leaves more than this share of its budget uncharged would not draw more under a larger budget.
 UNUSED_SHARE = 0.02
 
 
@@ -16,8 +16,8 @@ class Following:
     """How to follow: the target is `base_w + range_w * y`, y in [-1, 1]; the budget never passes `ceiling_w`, W.
 
     `integral_s` is the time in which feedback makes up for a constant gap, `trim_limit` the largest correction as a
-    share of the target. `smooth_s` is for the caller, who gives y as the signal's mean over so long: PJM compares draw
-    with the signal of 10 s before, so going with the mean of the last seconds costs less than leaping ahead of it, and
+    share of the target. The caller gives y as the signal's mean over the last `smooth_s`: PJM compares draw with the
+    signal of 10 s before, so a draw that follows at once would be ahead of it and lose precision, and the mean also
     moves the caps more gently.
     """
 
@@ -44,7 +44,7 @@ class FollowState:
 
 
 @dataclass(frozen=True, slots=True)
-class Followed:
+class FollowOutcome:
     """One step's outcome, W at node level. `warning` is set while the signal asks for what cannot be had."""
 
     target_w: float
@@ -62,7 +62,7 @@ def step(
     measured_w: float | None,
     occupied_w: float,
     needed_w: float,
-) -> tuple[FollowState, Followed]:
+) -> tuple[FollowState, FollowOutcome]:
     """Move to the (smoothed) value `y` of the signal and correct the budget by what the fleet drew since the last step.
 
     `measured_w` is the fleet's mean draw since the last step (None: not known, no correction), `occupied_w` its
@@ -79,44 +79,27 @@ def step(
     elif target_w < needed_w:
         target_w, warning = at_least(target_w, needed_w, "the signal")
 
-    least_w, most_w = needed_w, max(following.ceiling_w, needed_w)
-    trim_w, note = _trimmed(state, following, now_s, measured_w, occupied_w, least_w, most_w)
-    limit_w = following.trim_limit * target_w
+    most_w, limit_w = max(following.ceiling_w, needed_w), following.trim_limit * target_w
+    trim_w, held = state.trim_w, ", nothing measured yet"
+    if state.step_s is not None and measured_w is not None and math.isfinite(measured_w):
+        gap_w = state.target_w - measured_w
+        # Anti-windup: the correction moves no further against a bound that the budget is at, nor up while the fleet
+        # leaves watts unused.
+        if gap_w > 0 and state.budget_w >= most_w:
+            held = ", held: the budget is at its ceiling"
+        elif gap_w > 0 and occupied_w < (1.0 - UNUSED_SHARE) * state.budget_w:
+            held = f", held: the fleet uses {occupied_w:.0f} W and wants no more"
+        elif gap_w < 0 and state.budget_w <= needed_w:
+            held = ", held: every cap is at its lowest"
+        else:
+            # After a jump of the clock or a time without a manager, one whole correction is the most, never a negative.
+            elapsed_s = min(max(now_s - state.step_s, 0.0), following.integral_s)
+            trim_w = state.trim_w + gap_w * elapsed_s / following.integral_s
+            held = f" after a draw of {measured_w:.0f} W against {state.target_w:.0f} W"
+    note = f"correction {trim_w:+.0f} W{held}"
     trim_w = min(max(trim_w, -limit_w), limit_w)
-    budget_w = min(max(target_w + trim_w, least_w), most_w)
+    budget_w = min(max(target_w + trim_w, needed_w), most_w)
     reason = f"signal {y:+.2f}: target {target_w:.0f} W, budget {budget_w:.0f} W ({note})"
     if warning is not None:
         reason = f"{reason}; {warning}"
-    after = FollowState(trim_w, now_s, target_w, budget_w)
-    return after, Followed(target_w, budget_w, reason, warning)
-
-
-def _trimmed(
-    state: FollowState,
-    following: Following,
-    now_s: float,
-    measured_w: float | None,
-    occupied_w: float,
-    least_w: float,
-    most_w: float,
-) -> tuple[float, str]:
-    """The correction after what was drawn since the last step, against the target of that time.
-
-    Anti-windup: it moves no further against a bound that the budget is at, nor up while the fleet leaves watts unused.
-    """
-    if state.step_s is None or measured_w is None or not math.isfinite(measured_w):
-        return state.trim_w, f"correction {state.trim_w:+.0f} W, nothing measured yet"
-    # A clock that jumped, or a manager that was away, counts for one whole correction at most, and never backwards.
-    elapsed_s = min(max(now_s - state.step_s, 0.0), following.integral_s)
-    gap_w = state.target_w - measured_w
-    held = None
-    if gap_w > 0 and state.budget_w >= most_w:
-        held = "held: the budget is at its ceiling"
-    elif gap_w > 0 and occupied_w < (1.0 - UNUSED_SHARE) * state.budget_w:
-        held = f"held: the fleet uses {occupied_w:.0f} W and wants no more"
-    elif gap_w < 0 and state.budget_w <= least_w:
-        held = "held: every cap is at its lowest"
-    if held is not None:
-        return state.trim_w, f"correction {state.trim_w:+.0f} W, {held}"
-    trim_w = state.trim_w + gap_w * elapsed_s / following.integral_s
-    return trim_w, f"correction {trim_w:+.0f} W after a draw of {measured_w:.0f} W against {state.target_w:.0f} W"
+    return FollowState(trim_w, now_s, target_w, budget_w), FollowOutcome(target_w, budget_w, reason, warning)

@@ -1,4 +1,4 @@
-"""From what a policy wants to what may be ordered: who can be moved, and targets squeezed into every budget."""
+"""From the charges that a policy wants to those that may be ordered: who can be moved, and what fits every budget."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pals_ray.control.charge import EPS_W
-from pals_ray.control.ledger.reservations import Node, Replica, Reservations
+from pals_ray.control.ledger.reservations import Node, Replica, Reservations, domain_name
 from pals_ray.control.snapshot import Share
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerConfig:
-    """How the ledger goes about it. Times in s of the manager's monotonic clock, watts at node level.
+    """The ledger's constants. Times in s of the manager's monotonic clock, watts at node level.
 
-    `silent_s` without a report, or `confirm_s` with a cut not confirmed, and a replica counts as fixed: the others
-    make do with what it leaves. `rebuild_s` is how long a new manager waits for the agents of the old one.
-    A raise smaller than `least_raise_w` waits until all of it can be had.
+    After `silent_s` without a report, or `confirm_s` with a cut not confirmed, a replica counts as fixed: the others
+    share what it leaves. `rebuild_s` is how long a new manager waits for the agents of the old one. A raise of less
+    than `least_raise_w` is ordered only if it is the whole raise that is wanted.
     """
 
     reserve_w: float = 0.0
@@ -30,7 +30,7 @@ class LedgerConfig:
 
 @dataclass(slots=True)
 class WantedCharge:
-    """What one replica is to have: its share, clamped to what its GPUs can do and squeezed into the budgets, W."""
+    """What one replica is to have, W: its share, clamped to what its GPUs can do and shrunk to fit the budgets."""
 
     replica: Replica
     share: Share | None
@@ -64,22 +64,18 @@ def parked_plan_w(node: Node, now_s: float, confirm_s: float) -> float:
 
 
 def wanted_charges(
-    accounts: Reservations, shares: Mapping[str, Share] | None, now_s: float, config: LedgerConfig, *, keep: bool
+    reservations: Reservations, shares: Mapping[str, Share] | None, now_s: float, config: LedgerConfig, *, keep: bool
 ) -> list[WantedCharge]:
-    """What each replica with GPUs is to have, in the order of `shares`; squeezed into all budgets.
+    """What each replica with GPUs is to have, in the order of `shares`, shrunk to fit all budgets.
 
     A replica without a share gets its least charge; with `keep`, or where there are no shares at all, its present one.
     """
-    shares = shares if shares is not None else {}
+    shares = shares or {}
     keep = keep or not shares
-    order = [
-        *(name for name in shares if name in accounts.replicas),
-        *(n for n in accounts.replicas if n not in shares),
-    ]
     found: list[WantedCharge] = []
-    for name in order:
-        replica = accounts.replicas[name]
-        if not replica.gpus:
+    for name in dict.fromkeys((*shares, *reservations.replicas)):
+        replica = reservations.replicas.get(name)
+        if replica is None or not replica.gpus:
             continue
         share = shares.get(name)
         least_w = replica.terms.least_charge_w
@@ -94,14 +90,14 @@ def wanted_charges(
         target_w = min(max(target_w, low_w), replica.terms.most_charge_w)
         fixed = why_fixed(replica, now_s, config.silent_s, config.confirm_s)
         found.append(WantedCharge(replica, share, target_w, low_w, fixed, reason))
-    _squeeze(accounts, found, now_s, config)
+    _shrink(reservations, found, now_s, config)
     return found
 
 
-def _squeeze(accounts: Reservations, found: list[WantedCharge], now_s: float, config: LedgerConfig) -> None:
+def _shrink(reservations: Reservations, found: list[WantedCharge], now_s: float, config: LedgerConfig) -> None:
     """Shrink targets towards the least charges, in proportion, until every domain holds them, inner domains first."""
-    room_w = dict(accounts.budgets_w)
-    for node in accounts.nodes.values():
+    room_w = dict(reservations.budgets_w)
+    for node in reservations.nodes.values():
         parked_w = parked_plan_w(node, now_s, config.confirm_s)
         for name in node.chain:
             room_w[name] -= parked_w
@@ -112,49 +108,39 @@ def _squeeze(accounts: Reservations, found: list[WantedCharge], now_s: float, co
                 members[name].append(want)
             else:
                 room_w[name] -= want.replica.reserved_w
-    for name in accounts.inner_first:
+    for name in reservations.inner_first:
         total_w = sum(want.target_w for want in members[name])
         if total_w <= room_w[name] + EPS_W:
             continue
         least_w = sum(want.least_w for want in members[name])
         above_w = total_w - least_w
         factor = max(0.0, (room_w[name] - least_w) / above_w) if above_w > 0.0 else 0.0
-        where = f"domain {name}" if name is not None else "the fleet"
         for want in members[name]:
             if want.target_w > want.least_w:
                 want.target_w = want.least_w + factor * (want.target_w - want.least_w)
-                want.reason = f"{want.reason}; squeezed to {want.target_w:.1f} W: {where} has {room_w[name]:.0f} W left"
+                left = f"{domain_name(name)} has {room_w[name]:.0f} W left"
+                want.reason = f"{want.reason}; squeezed to {want.target_w:.1f} W: {left}"
 
 
-def needed_w(accounts: Reservations, now_s: float, config: LedgerConfig) -> dict[str | None, float]:
+def needed_w(reservations: Reservations, now_s: float, config: LedgerConfig) -> dict[str | None, float]:
     """The least budget of each domain (None: the fleet) that can be kept now, its reserve aside, W.
 
-    Counted at their least charge are the replicas that can be moved; the others at what is reserved for them. Nobody
-    is given up before a whole lease has passed. GPUs whose limit may not be set count as if it might, where the
-    operator allowed to run unenforced.
+    Replicas that can be moved count at their least charge, the others at what is reserved for them; a silent one counts
+    as fixed only after a whole lease. GPUs whose limit may not be set count as if it might be, where the operator
+    allowed to run unenforced.
     """
-    needed = dict.fromkeys(accounts.budgets_w, 0.0)
-    for node in accounts.nodes.values():
+    needed = dict.fromkeys(reservations.budgets_w, 0.0)
+    for node in reservations.nodes.values():
         own_w = parked_plan_w(node, now_s, config.lease_s)
-        if config.allow_unenforced:
-            own_w = min(own_w, _enforced_parked_w(node))
+        free = node.free
+        if config.allow_unenforced and not all(gpu.info.may_set for gpu in free):
+            own_w = min(own_w, node.group_w(sum(gpu.occupied_w(gpu.info.min_limit_w) for gpu in free), len(free)))
         for replica in node.replicas.values():
             if not replica.gpus:
                 continue
             fixed = why_fixed(replica, now_s, config.lease_s, config.lease_s) is not None
-            if fixed and not (config.allow_unenforced and not replica.may_set):
-                own_w += replica.reserved_w
-            else:
-                own_w += replica.terms.least_charge_w
+            stays = fixed and (replica.may_set or not config.allow_unenforced)
+            own_w += replica.reserved_w if stays else replica.terms.least_charge_w
         for name in node.chain:
             needed[name] += own_w
     return needed
-
-
-def _enforced_parked_w(node: Node) -> float:
-    """What a node's free GPUs would be charged if all limits could be set, W."""
-    free = node.free
-    unset = [gpu for gpu in free if not gpu.info.may_set]
-    if not unset:
-        return node.parked_w
-    return node.group_w(sum(gpu.occupied_w(gpu.info.min_limit_w) for gpu in free), len(free))

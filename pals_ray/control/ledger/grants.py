@@ -1,4 +1,4 @@
-"""Grants of one replica: ordering a charge, how far it may rise, and what its agent's reports confirm."""
+"""The grants of a manager: ordering a charge, how far it may rise, and what an agent's reports confirm."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from pals_ray.types import Grant
 class GrantIssuer:
     """Issues the grants of one manager (`epoch`), each leased for `lease_s`."""
 
-    def __init__(self, accounts: Reservations, epoch: int, lease_s: float, least_raise_w: float) -> None:
-        self._accounts = accounts
+    def __init__(self, reservations: Reservations, epoch: int, lease_s: float, least_raise_w: float) -> None:
+        self._reservations = reservations
         self._epoch = epoch
         self._lease_s = lease_s
         self._least_raise_w = least_raise_w
 
     def issue(self, replica: Replica, charge_w: float, reason: str, now_s: float, share: Share | None = None) -> Grant:
-        """Order a charge. Its watts are reserved from here on, those of earlier grants until this one is confirmed."""
+        """Order a charge. Its watts are reserved at once, those of earlier grants until this one is confirmed."""
         pins = share if share is not None else replica.grant
         replica.grant = Grant(
             replica_id=replica.replica_id,
             epoch=self._epoch,
-            seq=self._accounts.next_seq(),
+            seq=self._reservations.next_seq(),
             charge_w=charge_w,
             lease_s=self._lease_s,
             reason=reason,
@@ -36,21 +36,21 @@ class GrantIssuer:
         before_w = replica.reserved_w
         replica.add_order(replica.grant.seq, replica.cap_w)
         replica.confirmed = False
-        self._accounts.recharge(replica)
+        self._reservations.recharge(replica)
         if replica.reserved_w > before_w + EPS_W:
-            self._accounts.unsaved = True
-        _watch(replica, now_s)
+            self._reservations.unsaved = True
+        _note_cut(replica, now_s)
         return replica.grant
 
-    def adopt(self, replica: Replica, now_s: float, reason: str, lowest_w: float) -> Grant:
-        """Grant no more than every GPU of a replica has in force (`lowest_w`, W), nor than before: nothing rises."""
+    def issue_in_force(self, replica: Replica, now_s: float, reason: str, lowest_w: float) -> Grant:
+        """Grant no more than before, nor than what all GPUs have in force (`lowest_w`, W): so no limit rises."""
         terms = replica.terms
         cap_w = max(min(lowest_w, terms.max_limit_w), terms.min_limit_w)
         charge_w = max(min(replica.grant.charge_w, terms.charge_w(cap_w)), terms.least_charge_w)
         return self.issue(replica, charge_w, reason, now_s)
 
-    def raise_(self, want: WantedCharge, now_s: float) -> tuple[Grant | None, str | None]:
-        """Raise a replica as far as free watts go, or only change what its grant pins; and why no further, or None."""
+    def raise_towards(self, want: WantedCharge, now_s: float) -> tuple[Grant | None, str | None]:
+        """Raise a replica as far as free watts allow, or only change its pins; and why no further, or None."""
         replica, share, grant = want.replica, want.share, want.replica.grant
         charge_w, why_not = grant.charge_w, None
         if want.target_w > grant.charge_w + EPS_W:
@@ -62,20 +62,20 @@ class GrantIssuer:
         return self.issue(replica, charge_w, reason, now_s, share), why_not
 
     def renew_expired(self, replica: Replica, now_s: float) -> None:
-        """Give an agent whose lease had ended a newer grant: the same charge, for its watts were reserved all along."""
-        # It lifts a cap, if on no new watts: an old manager, which can save no more, must not send it.
-        self._accounts.unsaved = True
-        if self._accounts.room_w(replica.node) >= -EPS_W:
+        """Give an agent whose lease has ended a newer grant of the same charge, whose watts were reserved all along."""
+        # It raises a cap, though on no new watts. A superseded manager, which can no longer save, must not send it.
+        self._reservations.unsaved = True
+        if self._reservations.room_w(replica.node) >= -EPS_W:
             self.issue(replica, replica.grant.charge_w, "its lease had ended: granted anew", now_s)
         else:
             lowest_w = min((gpu.limit_w for gpu in replica.gpus), default=0.0)
-            self.adopt(replica, now_s, "its lease had ended, and the fleet is over its budget", lowest_w)
+            self.issue_in_force(replica, now_s, "its lease had ended, and the fleet is over its budget", lowest_w)
 
-    def read(self, replica: Replica, report: AgentReport, now_s: float) -> None:
-        """Take note of which grant a replica's agent obeys, and of the limits in force."""
+    def note_report(self, replica: Replica, report: AgentReport, now_s: float) -> None:
+        """Note which grant a replica's agent obeys, and the limits in force."""
         epoch, seq = report.obeyed
         if epoch == self._epoch:
-            replica.obeyed(seq)
+            replica.forget_orders_before(seq)
         limits_w = readings_w(report.limits_w)
         for gpu in replica.gpus:
             gpu.limit_w = limits_w.get(gpu.info.uuid, gpu.limit_w)
@@ -87,8 +87,8 @@ class GrantIssuer:
             and highest_w <= replica.cap_w + SAME_LIMIT_W
             and highest_w - lowest_w <= SAME_LIMIT_W
         )
-        self._accounts.recharge(replica)
-        _watch(replica, now_s)
+        self._reservations.recharge(replica)
+        _note_cut(replica, now_s)
 
     def _affordable(self, want: WantedCharge) -> tuple[float, str | None]:
         """How far a replica's charge may rise now, W, and why no further (None: all the way)."""
@@ -96,11 +96,11 @@ class GrantIssuer:
         if want.fixed is not None and (replica.may_set or replica.node.lost):
             return now_w, want.fixed
         if not any(gpu.info.may_set for gpu in replica.gpus):
-            # No cap follows from this grant, so it needs no watts: it only tells the agent how large a batch to run.
+            # Where no cap can be set the grant needs no watts: it only tells the agent how large a batch to run.
             return want.target_w, None
         if not replica.confirmed:
             return now_w, "its present grant is not in force on all its GPUs yet"
-        free_w = self._accounts.room_w(replica.node)
+        free_w = self._reservations.room_w(replica.node)
         charge_w = min(want.target_w, replica.reserved_w + free_w)
         if charge_w >= want.target_w - EPS_W:
             return want.target_w, None
@@ -109,8 +109,8 @@ class GrantIssuer:
         return charge_w, f"{charge_w:.0f} of {want.target_w:.0f} W so far: the rest is not released yet"
 
 
-def _watch(replica: Replica, now_s: float) -> None:
-    """Note since when a GPU may have more than its replica's grant gives it: a cut that is not confirmed yet."""
+def _note_cut(replica: Replica, now_s: float) -> None:
+    """Note since when a GPU may have more than its replica's grant allows, which is a cut not confirmed yet."""
     most_w = replica.cap_w + SAME_LIMIT_W
     if not any(replica.bound_w(gpu) > most_w for gpu in replica.gpus if gpu.info.may_set):
         replica.waiting_since_s = None

@@ -1,4 +1,4 @@
-"""The agent's side of a grant: what to obey, for how long, and how far the caps may go.
+"""The lease of a grant, on the agent's side: what to obey, for how long, and how far the caps may go.
 
 Pure: the agent passes in its own monotonic clock. In order:
 
@@ -48,16 +48,16 @@ class LeaseState:
 
 
 def fence(state: LeaseState, epoch: int) -> LeaseState:
-    """Obey no manager older than `epoch` from now on. The grant in hand holds until its lease ends."""
+    """Obey no manager older than `epoch` from now on. The present grant holds until its lease ends."""
     return replace(state, fence_epoch=max(state.fence_epoch, epoch))
 
 
 def accept(state: LeaseState, grant: Grant, now_s: float) -> tuple[LeaseState, Outcome, str]:
-    """Whether to obey a grant. Obeyed is only a (epoch, seq) newer than any before; the same one renews its lease.
+    """Whether to obey a grant: only an (epoch, seq) newer than any before is obeyed; the same one renews its lease.
 
-    Once the lease has ended, only a newer grant helps. Restoring the old one on a late renewal would be safe for the
-    budget (the ledger reserves a grant's watts until a newer one is confirmed), but then a late message could raise a
-    cap, which none ever may; and the manager, told of the expiry by the next report, issues a newer one at once.
+    Once the lease has ended, only a newer grant counts. To restore the old one on a late renewal would be safe for the
+    budget, because the ledger reserves its watts until a newer one is confirmed. But then a late message could raise a
+    cap, which none ever may. The next report tells the manager of the expiry, and it issues a newer grant at once.
     """
     if not (math.isfinite(grant.charge_w) and math.isfinite(grant.lease_s) and grant.lease_s > 0.0):
         return state, Outcome.IGNORE, f"not a grant: {grant.charge_w} W for {grant.lease_s} s"

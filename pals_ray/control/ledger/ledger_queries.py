@@ -1,4 +1,4 @@
-"""The ledger's books as an operator, a policy or a waiting call sees them."""
+"""What can be read from a ledger, by an operator, a policy or a call that waits."""
 
 from __future__ import annotations
 
@@ -8,118 +8,93 @@ from dataclasses import replace
 from pals_ray.control.charge import EPS_W, ChargeTerms
 from pals_ray.control.ledger import feasible_charges
 from pals_ray.control.ledger.feasible_charges import LedgerConfig, why_fixed
-from pals_ray.control.ledger.reservations import Node, Replica, Reservations
+from pals_ray.control.ledger.reservations import Reservations, domain_name
 from pals_ray.control.messages import InForce, NodeView, ReplicaView
 from pals_ray.control.snapshot import Domain, FleetSnapshot, ReplicaSnapshot
 from pals_ray.types import Grant
 
 
-def in_force(accounts: Reservations, now_s: float) -> InForce:
-    """Whether all that is reserved is within every budget; whose release is awaited, as replica or node names."""
-    since_s = {name: replica.waiting_since_s for name, replica in accounts.replicas.items()}
-    since_s.update((name, node.unparked_since_s) for name, node in accounts.nodes.items())
-    waits_s = {name: now_s - start_s for name, start_s in since_s.items() if start_s is not None}
-    over = dict(accounts.over())
-    if not over:
-        return InForce(True, 0.0, tuple(waits_s), "all that is charged is within the budget")
-    worst_w = max(over.values())
-    where = ", ".join(f"domain {name}" if name is not None else "the fleet" for name in over)
-    whom = ", ".join(f"{name} ({wait_s:.1f} s)" for name, wait_s in list(waits_s.items())[:5])
-    nobody = "nobody: see the replicas whose limits cannot be lowered"
-    return InForce(False, worst_w, tuple(waits_s), f"{where} up to {worst_w:.0f} W over; waiting for {whom or nobody}")
-
-
-def replica_view(replica: Replica, now_s: float, config: LedgerConfig, waiting: str | None) -> ReplicaView:
-    """One replica for snapshots and status; one that cannot be moved has its reservation as least and most charge."""
-    node = replica.node
-    fixed = why_fixed(replica, now_s, config.silent_s, config.confirm_s) if replica.gpus else None
-    stays = fixed is not None and replica.may_set
-    return ReplicaView(
-        replica_id=replica.replica_id,
-        node_id=node.info.node_id,
-        domain=node.info.domain,
-        uuids=tuple(gpu.info.uuid for gpu in replica.gpus),
-        num_gpus=replica.num_gpus,
-        node_gpus=len(node.gpus),
-        min_limit_w=replica.terms.min_limit_w,
-        max_limit_w=replica.terms.max_limit_w,
-        least_charge_w=replica.reserved_w if stays else replica.terms.least_charge_w,
-        most_charge_w=replica.reserved_w if stays else replica.terms.most_charge_w,
-        grant_w=replica.grant.charge_w,
-        charge_w=replica.charge_w(gpu.limit_w for gpu in replica.gpus) if replica.gpus else 0.0,
-        reserved_w=replica.reserved_w,
-        overhead=node.info.overhead,
-        confirmed=replica.confirmed,
-        silent=node.lost or replica.session == 0 or now_s - replica.heard_s > config.silent_s,
-        fixed=fixed is not None,
-        may_set=replica.may_set,
-        reason="; ".join(part for part in (replica.grant.reason, fixed, waiting) if part),
-    )
-
-
-def node_view(node: Node) -> NodeView:
-    """One node and its free GPUs."""
-    free = node.free
-    return NodeView(
-        node_id=node.info.node_id,
-        domain=node.info.domain,
-        overhead=node.info.overhead,
-        num_gpus=len(node.gpus),
-        free=tuple(gpu.info.uuid for gpu in free),
-        parked=tuple(gpu.info.uuid for gpu in free if gpu.parked),
-        unmanaged=node.info.unmanaged,
-        parked_charge_w=node.parked_w,
-        joined=node.joined,
-        lost=node.lost,
-        replicas=tuple(node.replicas),
-    )
-
-
 class LedgerQueries:
-    """What can be read from a ledger; reading changes nothing."""
+    """The part of the ledger that is only read; reading changes nothing."""
 
     def __init__(self, config: LedgerConfig, budget_w: float, domains: Iterable[Domain]) -> None:
         self.config = config
-        self._budget_w = budget_w
-        self._accounts = Reservations(budget_w - config.reserve_w, domains)
+        #: The fleet's budget, its reserve included, W.
+        self.budget_w = budget_w
+        self._reservations = Reservations(budget_w - config.reserve_w, domains)
         self._waiting: dict[str, str] = {}
-
-    @property
-    def budget_w(self) -> float:
-        """The fleet's budget, its reserve included, W."""
-        return self._budget_w
 
     def needed_w(self, now_s: float, domain: str | None = None) -> float:
         """The least budget that `set_budget` would take now, W (the fleet's with its reserve)."""
-        needed_w = feasible_charges.needed_w(self._accounts, now_s, self.config)[domain]
+        needed_w = feasible_charges.needed_w(self._reservations, now_s, self.config)[domain]
         return needed_w + (self.config.reserve_w if domain is None else 0.0)
 
     def in_force(self, now_s: float) -> InForce:
-        """Whether everything reserved is within every budget, and on whom we wait: how `set_budget` knows its end."""
-        return in_force(self._accounts, now_s)
+        """Whether all that is reserved is within every budget, and whose release is awaited (replica or node names).
+
+        This is how a waiting `set_budget` knows that it is done.
+        """
+        since_s = {name: replica.waiting_since_s for name, replica in self._reservations.replicas.items()}
+        since_s.update((name, node.unparked_since_s) for name, node in self._reservations.nodes.items())
+        waits_s = {name: now_s - start_s for name, start_s in since_s.items() if start_s is not None}
+        over_w = self._reservations.over_w()
+        if not over_w:
+            return InForce(True, 0.0, tuple(waits_s), "all that is charged is within the budget")
+        worst_w = max(over_w.values())
+        where = ", ".join(map(domain_name, over_w))
+        whom = ", ".join(f"{name} ({wait_s:.1f} s)" for name, wait_s in list(waits_s.items())[:5])
+        whom = whom or "nobody: see the replicas whose limits cannot be lowered"
+        return InForce(False, worst_w, tuple(waits_s), f"{where} up to {worst_w:.0f} W over; waiting for {whom}")
 
     def replicas(self, now_s: float) -> tuple[ReplicaView, ...]:
         """Every replica, in order of arrival."""
-        return tuple(self.replica(name, now_s) for name in self._accounts.replicas)
+        return tuple(self.replica(name, now_s) for name in self._reservations.replicas)
 
     def replica(self, replica_id: str, now_s: float) -> ReplicaView:
-        """One replica; `KeyError` where it is not known."""
-        replica = self._accounts.replicas[replica_id]
-        return replica_view(replica, now_s, self.config, self._waiting.get(replica_id))
+        """One replica; `KeyError` where it is not known.
+
+        One that cannot be moved has what is reserved for it as its least and most charge.
+        """
+        replica = self._reservations.replicas[replica_id]
+        node, terms, config = replica.node, replica.terms, self.config
+        fixed = why_fixed(replica, now_s, config.silent_s, config.confirm_s) if replica.gpus else None
+        stays = fixed is not None and replica.may_set
+        reasons = (replica.grant.reason, fixed, self._waiting.get(replica_id))
+        return ReplicaView(
+            replica_id=replica.replica_id,
+            node_id=node.info.node_id,
+            domain=node.info.domain,
+            uuids=tuple(gpu.info.uuid for gpu in replica.gpus),
+            num_gpus=replica.num_gpus,
+            node_gpus=len(node.gpus),
+            min_limit_w=terms.min_limit_w,
+            max_limit_w=terms.max_limit_w,
+            least_charge_w=replica.reserved_w if stays else terms.least_charge_w,
+            most_charge_w=replica.reserved_w if stays else terms.most_charge_w,
+            grant_w=replica.grant.charge_w,
+            charge_w=replica.charge_w(gpu.limit_w for gpu in replica.gpus) if replica.gpus else 0.0,
+            reserved_w=replica.reserved_w,
+            overhead=node.info.overhead,
+            confirmed=replica.confirmed,
+            silent=node.lost or not replica.answers(now_s, config.silent_s),
+            fixed=fixed is not None,
+            may_set=replica.may_set,
+            reason="; ".join(reason for reason in reasons if reason),
+        )
 
     def terms(self, replica_id: str) -> ChargeTerms:
         """How a replica's GPUs are charged; `KeyError` where it is not known."""
-        return self._accounts.replicas[replica_id].terms
+        return self._reservations.replicas[replica_id].terms
 
     def lowers(self, grant: Grant) -> bool:
         """Whether a grant is for no more than the limit last read on each GPU of its replica."""
-        replica = self._accounts.replicas[grant.replica_id]
+        replica = self._reservations.replicas[grant.replica_id]
         return all(replica.terms.cap_w(grant.charge_w) <= gpu.limit_w for gpu in replica.gpus)
 
     def parked_charge_w(self, now_s: float) -> dict[str | None, float]:
         """What free GPUs are going to be charged, by domain (None: outside any), W: for a policy's snapshot."""
         charges_w: dict[str | None, float] = {}
-        for node in self._accounts.nodes.values():
+        for node in self._reservations.nodes.values():
             parked_w = feasible_charges.parked_plan_w(node, now_s, self.config.confirm_s)
             charges_w[node.info.domain] = charges_w.get(node.info.domain, 0.0) + parked_w
         return charges_w
@@ -136,25 +111,39 @@ class LedgerQueries:
 
     def reserved_w(self, domain: str | None = None) -> float:
         """All that is reserved in a domain (None: the fleet), parked GPUs included, W."""
-        return self._accounts.reserved_w[domain]
+        return self._reservations.reserved_w[domain]
 
     def domains(self) -> tuple[Domain, ...]:
         """The domains with their present budgets."""
         return tuple(
-            replace(domain, budget_w=self._accounts.budgets_w[name]) for name, domain in self._accounts.domains.items()
+            replace(domain, budget_w=self._reservations.budgets_w[name])
+            for name, domain in self._reservations.domains.items()
         )
 
     def nodes(self) -> tuple[NodeView, ...]:
         """Every node with its free and unmanaged GPUs."""
-        return tuple(node_view(node) for node in self._accounts.nodes.values())
+        return tuple(
+            NodeView(
+                node_id=node.info.node_id,
+                domain=node.info.domain,
+                overhead=node.info.overhead,
+                num_gpus=len(node.gpus),
+                free=tuple(gpu.info.uuid for gpu in node.free),
+                parked=tuple(gpu.info.uuid for gpu in node.free if gpu.parked),
+                unmanaged=node.info.unmanaged,
+                parked_charge_w=node.parked_w,
+                joined=node.joined,
+                lost=node.lost,
+                replicas=tuple(node.replicas),
+            )
+            for node in self._reservations.nodes.values()
+        )
 
     def unenforced(self, now_s: float) -> str | None:
         """Why the budget cannot be enforced (limits that may not be set exceed it), or None."""
-        strict = feasible_charges.needed_w(self._accounts, now_s, replace(self.config, allow_unenforced=False))
-        for name, budget_w in self._accounts.budgets_w.items():
+        strict = feasible_charges.needed_w(self._reservations, now_s, replace(self.config, allow_unenforced=False))
+        for name, budget_w in self._reservations.budgets_w.items():
             if self.config.allow_unenforced and strict[name] > budget_w + EPS_W:
-                where = f"domain {name}" if name is not None else "the fleet"
-                return (
-                    f"UNENFORCED: limits that may not be set hold {where} at {strict[name]:.0f} W of {budget_w:.0f} W"
-                )
+                held = f"{domain_name(name)} at {strict[name]:.0f} W of {budget_w:.0f} W"
+                return f"UNENFORCED: limits that may not be set hold {held}"
         return None

@@ -45,10 +45,7 @@ RAISE_S = 0.02
 
 
 class ManagerCore:
-    """One manager's life, from `before`, what the one before it wrote down, with a larger epoch than it ever had.
-
-    Whatever an operator or an agent may ask raises `NotConfigured` until something is deployed.
-    """
+    """One manager's life, on from `before`, what the one before it wrote down, with a larger epoch than it ever had."""
 
     def __init__(self, before: FleetRecord) -> None:
         self.registry = AgentRegistry()
@@ -70,13 +67,8 @@ class ManagerCore:
     # -- what is deployed --------------------------------------------------------------------------------------------
 
     @property
-    def is_configured(self) -> bool:
-        """Whether anybody has deployed a fleet yet."""
-        return self._ledger is not None
-
-    @property
     def deployment(self) -> Deployment:
-        """The deployment in force."""
+        """The deployment in force. Raises `NotConfigured` before the first."""
         if self._deployment is None:
             raise NotConfigured("the manager has no configuration yet; it comes with `serve run deployments:app`")
         return self._deployment

@@ -14,63 +14,76 @@ from pals_ray.types import Expected, OperatingPoint, ReplicaTelemetry, Target
 
 @dataclass(frozen=True, slots=True)
 class ControllerConfig:
-    """Every constant of the controller. Shares are fractions; ranges are the device's (highest - lowest limit).
-
-    `margin`: capacity is to exceed what is wanted by this share, and by `hysteresis` more where the cap is to fall.
-    `guard`: a p99 above this share of its limit is near it. A move must better the served share by `least_gain` or
-    save `least_saving` of the replica's GPU watts. A cap rises `raise_dwell_s` after the last change at the earliest
-    and falls `cut_dwell_s` after it; it moves by at most `raise_slew_per_s` or `cut_slew_per_s` ranges for each second
-    since. A batch limit falls after `raise_dwell_s`, rises after `cut_dwell_s`. Demand is smoothed with `demand_s`:
-    the batch takes up what varies faster, so long as it has room; from `pressed` of the batch limit on, or with a
-    queue, what arrived within `rush_s` counts, and a change by the factor `leap` is no noise: from `crowd` sequences on
-    it asks for all that the highest cap makes of them. Under
-    `silent_tokens_per_s` there is no demand. A cap that binds in fewer samples than `binding` while the draw is under
-    `natural` of it does not bind. A curve falls from `fall` on. Under `spare` of the batch limit there is capacity to
-    spare. KV use above `kv_high` lowers the batch limit by `kv_step`, at most every `kv_hold_s`; below `kv_low` it
-    rises again. After a cut of the ceiling the cap comes back once the batch has drained, or after `drain_s`.
-    Plans keep to `inside` of a latency limit (a bucket of the measured histograms is 10 % wide), for the highest tail
-    of the last one to two `tail_hold_s`, smoothed with `tail_lag_s`. No time step counts for more than `most_step_s`.
-    """
+    """Every constant of the controller. A "range" is the device's highest limit less its lowest."""
 
     gains: Gains = field(default_factory=Gains)
+
+    #: Capacity has to exceed what is wanted by this share, and by `hysteresis` more before the cap falls.
     margin: float = 0.05
     hysteresis: float = 0.03
-    guard: float = 0.9
-    inside: float = 0.97
+    #: A p99 above this share of its limit is near it.
+    near_limit_share: float = 0.9
+    #: Plans keep to this share of a latency limit: a bucket of the measured histograms is 10 % wide.
+    planned_limit_share: float = 0.97
+
+    #: A new cap has to raise the served share by this, or to save `least_saving` of the replica's GPU watts.
     least_gain: float = 0.005
     least_saving: float = 0.01
+    #: The cap rises no sooner than this after its last change. A batch limit falls no sooner after its own.
     raise_dwell_s: float = 1.0
+    #: The cap falls no sooner than this after its last change. A batch limit rises no sooner after its own.
     cut_dwell_s: float = 3.0
+    #: The cap moves by at most so many ranges for each second since its last change.
     raise_slew_per_s: float = 0.5
     cut_slew_per_s: float = 0.1
+
+    #: Time constant of the smoothed demand. The batch takes up what varies faster, as long as it has room.
     demand_s: float = 20.0
-    rush_s: float = 2.0
-    pressed: float = 0.9
-    leap: float = 1.5
-    crowd: int = 8
+    #: Time constant of the fast demand, which counts when requests wait or the batch is nearly full.
+    fast_demand_s: float = 2.0
+    #: A batch is nearly full when this share of its limit runs.
+    nearly_full_share: float = 0.9
+    #: A change of demand by this factor is no noise.
+    jump_factor: float = 1.5
+    #: From so many running sequences on, a jump asks for all that the highest cap makes of them.
+    jump_min_running: int = 8
+    #: Less than this is no demand.
     silent_tokens_per_s: float = 1.0
-    binding: float = 0.05
-    natural: float = 0.95
-    fall: float = 0.03
-    spare: float = 0.7
+
+    #: A cap does not bind if it does so in a smaller share of samples than this ...
+    least_binding_share: float = 0.05
+    #: ... while the draw stays below this share of the cap.
+    natural_share: float = 0.95
+    #: The largest share of capacity that a larger batch may lose against a smaller one.
+    most_capacity_loss: float = 0.03
+    #: While a smaller share of the batch limit runs, there is capacity to spare.
+    spare_share: float = 0.7
+
+    #: KV use above this lowers the batch limit by `kv_step` of what runs; below `kv_low` the limit rises again.
     kv_high: float = 0.97
     kv_low: float = 0.8
     kv_step: float = 0.1
+    #: The KV cache changes the batch limit at most so often.
     kv_hold_s: float = 20.0
+    #: After a cut of the ceiling the cap comes back when the batch has drained, or after this time.
     drain_s: float = 20.0
+
+    #: Plans use the highest excess of measured over predicted latency in the last one to two such periods.
     tail_hold_s: float = 60.0
+    #: Time constant with which the factor on a latency follows that excess.
     tail_lag_s: float = 3.0
+    #: No time step counts for more than this.
     most_step_s: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """All that a decision is made on. `ceiling_w` is the highest cap allowed, per GPU; `in_force_w` the lowest limit
-    that the GPUs report, None where unknown.
+    """All that a decision is made on.
 
-    `target.throughput_tokens_per_s` is this replica's part. `model` is already corrected; None: not known yet.
-    `largest_prompt` is the TTFT of the largest prompt expected relative to that of the model's workload. The latencies'
-    `recent_p99_s` are over `recent_s`.
+    `ceiling_w` is the highest cap allowed on each GPU, `in_force_w` the lowest limit that the GPUs report (None:
+    unknown). `target.throughput_tokens_per_s` is this replica's part of its model's target. `model` is already
+    corrected; None while there is no model. `largest_prompt` is the TTFT of the largest prompt expected, relative to
+    the TTFT of the model's workload. The `recent_p99_s` of the latencies are over `recent_s`.
     """
 
     now_s: float
@@ -88,23 +101,14 @@ class Situation:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What happened since the last decision: what it expected (None without a model), and what telemetry says now."""
-
-    expected: Expected | None
-    throughput_tokens_per_s: float
-    node_w: float
-    throughput_error: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class ControllerState:
-    """What the controller remembers: of fixed size. Times are s of the agent's monotonic clock.
+    """What the controller remembers, of fixed size. Times are s of the agent's monotonic clock.
 
-    `need` is the feedback's factor on the capacity required. `demand_tokens_per_s` is smoothed over `demand_s`,
-    `rush_tokens_per_s` over `rush_s`; so is `promised_tokens_per_s`, what the points in force were predicted to make.
-    `made_tokens_per_s` is what the model, its margins included, takes the sequences that run for, over `demand_s`;
-    for that long after a leap (`rose_s`) both follow within `rush_s`.
+    `need` is the throughput feedback's factor on the capacity required. `demand_tokens_per_s` is smoothed over
+    `demand_s`, `fast_demand_tokens_per_s` over `fast_demand_s`. `predicted_tokens_per_s` is the capacity predicted for
+    the points in force, smoothed over `fast_demand_s`. `modelled_tokens_per_s` is the demand that the sequences running
+    stand for by the model with its margins, smoothed over `demand_s`. After a jump of demand (`jumped_s`) both slow
+    ones follow within `fast_demand_s`, for as long as `demand_s`.
     """
 
     point: OperatingPoint | None = None
@@ -112,10 +116,10 @@ class ControllerState:
     cap_changed_s: float = 0.0
     batch_changed_s: float = 0.0
     demand_tokens_per_s: float | None = None
-    rush_tokens_per_s: float | None = None
-    promised_tokens_per_s: float | None = None
-    made_tokens_per_s: float | None = None
-    rose_s: float | None = None
+    fast_demand_tokens_per_s: float | None = None
+    predicted_tokens_per_s: float | None = None
+    modelled_tokens_per_s: float | None = None
+    jumped_s: float | None = None
     queue_since_s: float | None = None
     pid: PidState = field(default_factory=PidState)
     need: float = 1.0
@@ -123,24 +127,24 @@ class ControllerState:
     itl: TailState = field(default_factory=TailState)
     kv_limit: int | None = None
     kv_changed_s: float = 0.0
-    shed_s: float | None = None
+    ceiling_cut_s: float | None = None
     expected: Expected | None = None
 
     @property
-    def made_share(self) -> float:
-        """What the model takes the running sequences for, as a share of the demand that they are: 1 at most."""
-        if not self.made_tokens_per_s or not self.demand_tokens_per_s:
+    def modelled_share(self) -> float:
+        """The demand that the running sequences stand for by the model, as a share of the demand seen: 1 at most."""
+        if not self.modelled_tokens_per_s or not self.demand_tokens_per_s:
             return 1.0
-        return min(self.made_tokens_per_s / self.demand_tokens_per_s, 1.0)
+        return min(self.modelled_tokens_per_s / self.demand_tokens_per_s, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The operating point to order now, why, the prediction it was made on (None without a model), what came of the
-    last one, and the state to keep."""
+    """The operating point to order now, why, and the state to keep; its `expected` is the prediction behind the point.
+
+    What became of the point before is known from `state.expected` and the telemetry of the next decision.
+    """
 
     point: OperatingPoint
     reason: str
-    expected: Expected | None
-    outcome: Outcome
     state: ControllerState

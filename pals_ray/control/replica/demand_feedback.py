@@ -1,4 +1,4 @@
-"""What telemetry says of demand, and of how far the model is off: the surface that a decision is made on."""
+"""What telemetry says of a replica's demand, and of how far its model is off."""
 
 from __future__ import annotations
 
@@ -6,85 +6,92 @@ from dataclasses import replace
 
 import numpy as np
 
-from pals_ray.control.replica.candidates import corrected
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
-from pals_ray.control.replica.latency_feedback import follow
+from pals_ray.control.replica.latency_feedback import update_tail
 from pals_ray.control.replica.prediction import Surface
-from pals_ray.control.replica.throughput_feedback import correct
+from pals_ray.control.replica.throughput_feedback import pid_step
 from pals_ray.models.power_model import FloatArray
 from pals_ray.types import ReplicaTelemetry
 
 
-def with_feedback(
+def apply_feedback(
     state: ControllerState, seen: Situation, config: ControllerConfig, raw: Surface, here: int, dt_s: float
 ) -> tuple[ControllerState, Surface, float, float]:
-    """The surface as feedback corrects it, and demand and what is wanted of it, tokens/s."""
-    telemetry, batch = seen.telemetry, raw.batch
+    """The surface as feedback corrects it, the demand, and what of it is wanted, tokens/s.
+
+    `raw` is what the model predicts, `here` the row of the cap in force in it.
+    """
+    telemetry = seen.telemetry
 
     def now(values: FloatArray) -> float:
         """At the cap in force and what runs now."""
-        return float(np.interp(telemetry.running, batch, values[here]))
+        return float(np.interp(telemetry.running, raw.batch, values[here]))
 
     busy = telemetry.running > 0
-    tails = {"window_s": seen.recent_s, "hold_s": config.tail_hold_s, "lag_s": config.tail_lag_s}
-    # Held against what the point in force was chosen on: whatever is assumed too high in there cancels out.
+    windows = {"window_s": seen.recent_s, "hold_s": config.tail_hold_s, "lag_s": config.tail_lag_s}
+    # Latencies are compared with what the point in force was chosen on: margins in there cancel out.
     then = state.expected
-    said_ttft_s = then.ttft_p99_s / (state.ttft.factor * seen.largest_prompt) if then else now(raw.ttft_p99_s)
-    said_itl_s = then.itl_p99_s / state.itl.factor if then else now(raw.itl_p99_s)
-    ttft = follow(state.ttft, telemetry.ttft.recent_p99_s, said_ttft_s if busy else None, dt_s, **tails)
-    itl = follow(state.itl, telemetry.itl.recent_p99_s, said_itl_s if busy else None, dt_s, **tails)
+    ttft_s = then.ttft_p99_s / (state.ttft.factor * seen.largest_prompt) if then else now(raw.ttft_p99_s)
+    itl_s = then.itl_p99_s / state.itl.factor if then else now(raw.itl_p99_s)
+    ttft = update_tail(state.ttft, telemetry.ttft.recent_p99_s, ttft_s if busy else None, dt_s, **windows)
+    itl = update_tail(state.itl, telemetry.itl.recent_p99_s, itl_s if busy else None, dt_s, **windows)
 
     queue = state.queue_since_s is not None and seen.now_s - state.queue_since_s >= config.gains.persist_s
-    point = state.point
-    served = telemetry.throughput_tokens_per_s
-    pid, need = correct(
+    limit = state.point.batch_limit if state.point is not None else 0
+    pid, need = pid_step(
         state.pid,
-        _error(state, seen, config) if queue else None,
+        _throughput_error(state, seen, config) if queue else None,
         seen.now_s,
         dt_s,
         config.gains,
         at_most=here == len(raw.cap_w) - 1,
         at_least=here == 0,
-        spare=telemetry.waiting == 0 and point is not None and telemetry.running < config.spare * point.batch_limit,
+        spare=telemetry.waiting == 0 and telemetry.running < config.spare_share * limit,
     )
-    on = corrected(raw, need * (1.0 + config.margin), itl.factor, ttft.factor * seen.largest_prompt)
+    on = replace(
+        raw,
+        capacity_tokens_per_s=raw.capacity_tokens_per_s / (need * (1.0 + config.margin)),
+        itl_p99_s=raw.itl_p99_s * itl.factor,
+        ttft_p99_s=raw.ttft_p99_s * (ttft.factor * seen.largest_prompt),
+    )
 
-    makes = now(on.capacity_tokens_per_s) if busy else 0.0
-    promised = now(raw.capacity_tokens_per_s) / need if busy else 0.0
-    # What runs tells of a rise before a mean over seconds does; by Little's law it does so whatever the model's bias.
-    arriving = max(served, makes)
-    # More come in than the batch has yet made anything of: their prompts are still being computed, at a cap for fewer.
-    before = state.rush_tokens_per_s
-    rising = before is not None and telemetry.running >= config.crowd and arriving > config.leap * before
-    rose_s = seen.now_s if rising else state.rose_s
-    lag_s = config.demand_s if rose_s is None or seen.now_s - rose_s >= config.demand_s else config.rush_s
-    rush = _toward(state.rush_tokens_per_s, arriving, dt_s, config.rush_s)
-    steady = _toward(state.demand_tokens_per_s, arriving, dt_s, lag_s)
-    made = _toward(state.made_tokens_per_s, makes, dt_s, lag_s)
-    if busy and rush > config.leap * steady:
-        steady = made = rush
+    modelled = now(on.capacity_tokens_per_s) if busy else 0.0
+    predicted = now(raw.capacity_tokens_per_s) / need if busy else 0.0
+    # What runs shows a rise before a mean over seconds does, by Little's law whatever the model's bias.
+    arriving = max(telemetry.throughput_tokens_per_s, modelled)
+    # After a jump many prompts are still being computed, at a cap chosen for fewer, and show in no throughput yet.
+    before = state.fast_demand_tokens_per_s
+    many = telemetry.running >= config.jump_min_running
+    jumps = many and before is not None and arriving > config.jump_factor * before
+    jumped_s = seen.now_s if jumps else state.jumped_s
+    lag_s = config.demand_s if jumped_s is None or seen.now_s - jumped_s >= config.demand_s else config.fast_demand_s
+    fast = _toward(before, arriving, dt_s, config.fast_demand_s)
+    slow = _toward(state.demand_tokens_per_s, arriving, dt_s, lag_s)
+    modelled = _toward(state.modelled_tokens_per_s, modelled, dt_s, lag_s)
+    if busy and fast > config.jump_factor * slow:
+        slow = modelled = fast
     # Between sparse requests the cap waits for the next prompt; in a longer silence it does not.
-    if not busy and telemetry.waiting == 0 and steady < config.silent_tokens_per_s:
-        steady = rush = 0.0
+    if not busy and telemetry.waiting == 0 and slow < config.silent_tokens_per_s:
+        slow = fast = 0.0
     state = replace(
         state,
         ttft=ttft,
         itl=itl,
         pid=pid,
         need=need,
-        demand_tokens_per_s=steady,
-        rush_tokens_per_s=rush,
-        made_tokens_per_s=made,
-        rose_s=rose_s,
-        promised_tokens_per_s=_toward(state.promised_tokens_per_s, promised, dt_s, config.rush_s),
+        demand_tokens_per_s=slow,
+        fast_demand_tokens_per_s=fast,
+        modelled_tokens_per_s=modelled,
+        jumped_s=jumped_s,
+        predicted_tokens_per_s=_toward(state.predicted_tokens_per_s, predicted, dt_s, config.fast_demand_s),
     )
-    pressed = point is not None and telemetry.running >= config.pressed * point.batch_limit
-    demand = max(steady, rush) if queue or pressed else steady
+    nearly_full = limit > 0 and telemetry.running >= config.nearly_full_share * limit
+    demand = max(slow, fast) if queue or nearly_full else slow
     if queue or (telemetry.waiting > 0 and not busy):
         demand = demand_with_queue_tokens_per_s(demand, telemetry, on)
-    if rising:
+    if jumps:
         together = telemetry.running + telemetry.waiting
-        demand = max(demand, float(np.interp(together, batch, on.capacity_tokens_per_s[-1])))
+        demand = max(demand, float(np.interp(together, raw.batch, on.capacity_tokens_per_s[-1])))
     target = seen.target.throughput_tokens_per_s
     return state, on, demand, demand if target is None else min(demand, target)
 
@@ -92,10 +99,10 @@ def with_feedback(
 def demand_with_queue_tokens_per_s(demand: float, seen: ReplicaTelemetry, on: Surface) -> float:
     """What a replica is to serve now, tokens/s: its demand, and more where requests wait or soon may.
 
-    Those who wait are to be let in within the time that those who run, half done on average, have still to go; and
-    never faster than the engine could make of all of them. A short queue so asks for a little more than arrives, not
-    for all that a full batch makes, which others would have to do without. What runs varies as a Poisson number does:
-    those who would be one deviation above the batch limit count as waiting already.
+    Waiting requests are to be let in within the time that those running, half done on average, still take; but no
+    faster than the engine could serve all of them. So a short queue asks for a little more than arrives, not for all
+    the tokens of a full batch, which other replicas would have to do without. The number running varies as a Poisson
+    number does: those by which one standard deviation more would exceed the batch limit count as waiting already.
     """
     limit = float(on.batch[-1])
     inside = seen.running + seen.waiting
@@ -109,14 +116,14 @@ def demand_with_queue_tokens_per_s(demand: float, seen: ReplicaTelemetry, on: Su
     return min(demand * (1.0 + 2.0 * waiting / seen.running), fastest)
 
 
-def _error(state: ControllerState, seen: Situation, config: ControllerConfig) -> float | None:
-    """1 - served / what was to be served, while requests wait: the target, or what the model promised if that is less.
+def _throughput_error(state: ControllerState, seen: Situation, config: ControllerConfig) -> float | None:
+    """1 - served / what was to be served while requests wait: the target, or the model's prediction if that is less.
 
-    Above a target is too much; above what the model promised is only a pleasant surprise (None).
+    Serving more than the target is an error too; serving more than was predicted is none (None).
     """
-    promised = state.promised_tokens_per_s or 0.0
+    predicted = state.predicted_tokens_per_s or 0.0
     target = seen.target.throughput_tokens_per_s
-    aim = promised if target is None else min(promised, target)
+    aim = predicted if target is None else min(predicted, target)
     if aim <= 0:
         return None
     error = 1.0 - seen.telemetry.throughput_tokens_per_s / aim

@@ -1,15 +1,19 @@
-"""How a replica gets from its present point to a better one: hysteresis, dwell, slew, and moves that are of no use."""
+"""How a replica's cap moves to a better one: hysteresis, dwell and slew, and raises that would change nothing."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pals_ray.control.replica.candidates import EPS, Points
+from pals_ray.control.replica.batch_choice import EPS
+from pals_ray.control.replica.candidates import Candidates
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
 
 
-def with_hysteresis(found: Points, here: int, best: int, enough_tokens_per_s: float) -> int:
-    """A cap below the present one must serve a little more than is wanted, or noise moves it down and up again."""
+def with_hysteresis(found: Candidates, here: int, best: int, enough_tokens_per_s: float) -> int:
+    """The best candidate, but a cap below the present one only if it serves `enough_tokens_per_s`.
+
+    That is a little more than what is wanted: otherwise noise would move the cap down and up again.
+    """
     if best >= here or found.score[best] < 1.0 - EPS:
         return best
     enough = (found.capacity_tokens_per_s >= enough_tokens_per_s) & (found.score >= 1.0 - EPS)
@@ -17,10 +21,10 @@ def with_hysteresis(found: Points, here: int, best: int, enough_tokens_per_s: fl
     return int(lower[found.power_w[lower].argmin()]) if len(lower) else here
 
 
-def move(
-    state: ControllerState, seen: Situation, config: ControllerConfig, found: Points, here: int, best: int
+def next_cap(
+    state: ControllerState, seen: Situation, config: ControllerConfig, found: Candidates, here: int, best: int
 ) -> tuple[int, str]:
-    """Which candidate to take next on the way from `here` to `best`: dwell, slew, and what makes a move useless."""
+    """The candidate to take next on the way from `here` to `best`, within dwell and slew, and why."""
     gain = found.score[best] - found.score[here]
     saving = 1.0 - found.power_w[best] / max(found.power_w[here], EPS)
     resting = best < here and state.demand_tokens_per_s == 0.0
@@ -35,9 +39,11 @@ def move(
         least_w = cap_w[here] - config.cut_slew_per_s * min(since_s, 2 * config.cut_dwell_s) * span_w
         return max(best, min(int(np.searchsorted(cap_w, least_w)), here - 1)), "fewer watts serve"
     late = _near_limit(seen, config, found, here)
-    if _not_binding(seen, config, float(cap_w[here])) and late != "TTFT":
+    drawn_w, natural_w = seen.telemetry.power_w, config.natural_share * float(cap_w[here]) * seen.terms.num_gpus
+    binds = drawn_w >= natural_w or seen.telemetry.binding_share >= config.least_binding_share
+    if not binds and late != "TTFT":
         return here, "stays: the cap does not bind, more would change nothing"
-    if late is None and _draining(state, seen, config):
+    if late is None and _is_draining(state, seen, config):
         return here, "stays: the cap comes back once the batch has drained"
     if since_s < config.raise_dwell_s:
         return here, f"{cap_w[best]:.0f} W wanted, in {config.raise_dwell_s - since_s:.1f} s"
@@ -46,25 +52,19 @@ def move(
     return min(best, max(int(np.searchsorted(cap_w, most_w, side="right")) - 1, here + 1)), why
 
 
-def _near_limit(seen: Situation, config: ControllerConfig, found: Points, here: int) -> str | None:
+def _near_limit(seen: Situation, config: ControllerConfig, found: Candidates, here: int) -> str | None:
     """The latency that is near its limit, as measured or as predicted for the present cap."""
     for name, limit_s, measured_s, predicted_s in (
         ("TTFT", seen.target.ttft_p99_s, seen.telemetry.ttft.p99_s, found.ttft_p99_s[here]),
         ("ITL", seen.target.itl_p99_s, seen.telemetry.itl.p99_s, found.itl_p99_s[here]),
     ):
-        if limit_s is not None and max(measured_s or 0.0, predicted_s) > config.guard * limit_s:
+        if limit_s is not None and max(measured_s or 0.0, predicted_s) > config.near_limit_share * limit_s:
             return name
     return None
 
 
-def _not_binding(seen: Situation, config: ControllerConfig, cap_w: float) -> bool:
-    """Whether the replica draws what it would draw uncapped."""
-    drawn = seen.telemetry.power_w < config.natural * cap_w * seen.terms.num_gpus
-    return drawn and seen.telemetry.binding_share < config.binding
-
-
-def _draining(state: ControllerState, seen: Situation, config: ControllerConfig) -> bool:
-    """Whether, after a cut of the ceiling, more still run than the batch limit lets in."""
-    if state.shed_s is None or state.point is None or seen.now_s - state.shed_s >= config.drain_s:
+def _is_draining(state: ControllerState, seen: Situation, config: ControllerConfig) -> bool:
+    """Whether, after a cut of the ceiling, more sequences still run than the batch limit allows."""
+    if state.ceiling_cut_s is None or state.point is None or seen.now_s - state.ceiling_cut_s >= config.drain_s:
         return False
     return seen.telemetry.running > state.point.batch_limit

@@ -1,4 +1,4 @@
-"""The latency feedback: a measured tail against what the model said over the same window."""
+"""The latency feedback: by how much measured p99 latencies exceed what the model predicted over the same window."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ _MOST_LOG = math.log(4.0)
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The highest value of the last one to two holds: of the present one (`high`), which has lasted `held_s`, and of
-    the one before it; None where there was none. Of fixed size, unlike a window."""
+    """The highest value of the last one to two holds, of fixed size, unlike a window.
+
+    `high` is that of the present hold, which has lasted `held_s`, `before` that of the one before; None: no value yet.
+    """
 
     high: float | None = None
     before: float | None = None
@@ -30,32 +32,32 @@ class Peak:
     @property
     def value(self) -> float | None:
         """The highest; None where there was none."""
-        known = [peak for peak in (self.high, self.before) if peak is not None]
-        return max(known) if known else None
+        return max((peak for peak in (self.high, self.before) if peak is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class TailState:
-    """One latency's p99: what the model said of late and by how much it was exceeded (log s, log of measured /
-    predicted: the peaks of both), and the log of the factor in use.
+    """What is known of one latency's p99.
 
-    `reach` is the log of measured / predicted up to which the highest cap allowed keeps the limit, None without one.
-    `passed_s` is how long ago an excess beyond it was passed over, None where none was within a hold.
+    `predicted` holds the peak of what the model predicted of late (log s), `excess` that of the log of measured /
+    predicted. `log_factor` is the log of the factor in use. `reachable` is the log of measured / predicted up to which
+    the highest cap allowed keeps the limit, None without a limit. `ignored_s` is how long ago an excess beyond that was
+    first ignored, None where none was within a hold.
     """
 
-    said: Peak = field(default_factory=Peak)
-    off: Peak = field(default_factory=Peak)
-    log: float = 0.0
-    reach: float | None = None
-    passed_s: float | None = None
+    predicted: Peak = field(default_factory=Peak)
+    excess: Peak = field(default_factory=Peak)
+    log_factor: float = 0.0
+    reachable: float | None = None
+    ignored_s: float | None = None
 
     @property
     def factor(self) -> float:
         """What to multiply a predicted p99 with, in [0.25, 4]."""
-        return math.exp(self.log)
+        return math.exp(self.log_factor)
 
 
-def follow(
+def update_tail(
     state: TailState,
     measured_s: float | None,
     predicted_s: float | None,
@@ -65,36 +67,38 @@ def follow(
     hold_s: float,
     lag_s: float,
 ) -> TailState:
-    """Let `dt_s` pass. `measured_s` is the p99 over the last `window_s`, `predicted_s` for the point in force and the
-    batch that runs; either is None while there is none.
+    """Let `dt_s` pass, and take in what was measured and predicted meanwhile; either is None while there is none.
 
-    Every short interval is to be within the limits, not their mean: what counts is the highest of the last one to two
-    `hold_s`. A percentile over `window_s` answers to the slowest part of it, so it is held against the highest that was
-    predicted meanwhile: else each raise of the cap would look as if it had not helped, and call for the next.
+    `measured_s` is the p99 over the last `window_s`, `predicted_s` the model's for the point in force and what runs.
 
-    What no cap would have kept within the limit (`state.reach`) is no reason for a higher one: one such excess in a
-    hold is passed over, for as long as the window shows it. A second says that there is more to it than chance.
+    Every short interval has to be within the limits, not their mean, so the highest excess of the last one to two
+    `hold_s` counts. A percentile over `window_s` shows the slowest part of the window, so it is compared with the
+    highest prediction in it: otherwise each raise of the cap would seem to have had no effect and call for the next.
+
+    An excess that no cap would have kept within the limit (`state.reachable`) is no reason for a higher cap. The first
+    in a hold is taken for chance and ignored for as long as the window shows it; a second one counts.
     """
-    said = state.said.after(math.log(predicted_s) if predicted_s else None, dt_s, window_s)
+    predicted = state.predicted.after(math.log(predicted_s) if predicted_s else None, dt_s, window_s)
     ratio = None
-    if measured_s and said.value is not None:
-        ratio = min(max(math.log(measured_s) - said.value, -_MOST_LOG), _MOST_LOG)
-    passed_s = None if state.passed_s is None else state.passed_s + dt_s
-    # Seen for as long as the window, and somewhat longer where beats come late: a hold has to outlast that.
+    if measured_s and predicted.value is not None:
+        ratio = min(max(math.log(measured_s) - predicted.value, -_MOST_LOG), _MOST_LOG)
+    ignored_s = None if state.ignored_s is None else state.ignored_s + dt_s
+    # The window shows an excess for its own length, and for somewhat longer where beats come late.
     seen_s = 1.5 * window_s
-    if passed_s is not None and passed_s >= max(hold_s, 2.0 * seen_s):
-        passed_s = None
-    if ratio is not None and state.reach is not None and ratio > state.reach:
-        passed_s = 0.0 if passed_s is None else passed_s
-        if passed_s <= seen_s:
+    if ignored_s is not None and ignored_s >= max(hold_s, 2.0 * seen_s):
+        ignored_s = None
+    if ratio is not None and state.reachable is not None and ratio > state.reachable:
+        ignored_s = 0.0 if ignored_s is None else ignored_s
+        if ignored_s <= seen_s:
             ratio = None
-    off = state.off.after(ratio, dt_s, hold_s)
-    share = 1.0 if state.off.value is None else 1.0 - math.exp(-dt_s / lag_s)
-    return TailState(said, off, state.log + ((off.value or 0.0) - state.log) * share, state.reach, passed_s)
+    excess = state.excess.after(ratio, dt_s, hold_s)
+    share = 1.0 if state.excess.value is None else 1.0 - math.exp(-dt_s / lag_s)
+    log_factor = state.log_factor + ((excess.value or 0.0) - state.log_factor) * share
+    return TailState(predicted, excess, log_factor, state.reachable, ignored_s)
 
 
-def within_reach(state: TailState, limit_s: float | None, planned_s: float) -> TailState:
-    """Know what the highest cap allowed can keep: its p99 is `planned_s`, the factor in use included."""
+def with_reachable(state: TailState, limit_s: float | None, planned_s: float) -> TailState:
+    """Note what the highest cap allowed can keep: its p99 is `planned_s`, the factor in use included."""
     if limit_s is None or planned_s <= 0.0:
-        return replace(state, reach=None)
-    return replace(state, reach=math.log(limit_s / planned_s) + state.log)
+        return replace(state, reachable=None)
+    return replace(state, reachable=math.log(limit_s / planned_s) + state.log_factor)

@@ -1,18 +1,8 @@
-"""The replica's controller: one operating point inside the grant, every beat, with its reason.
+"""The replica's operating point: chosen inside the grant on every beat, with its reason.
 
-Pure. The agent keeps the state and passes in its own monotonic clock; each beat, once the lease says what is allowed:
-
-    ceiling, word = ceiling_w(lease, terms)                     # control.ledger.lease; None: leave limits as they are
-    decision = decide(state, Situation(now_s=now_s, ceiling_w=ceiling, in_force_w=min(limits_w.values()), terms=terms,
-                                       max_batch=spec.max_batch, target=part_of_target, telemetry=window.summary(),
-                                       model=corrected_model, pin_cap_w=grant.pin_cap_w,
-                                       pin_batch_limit=grant.pin_batch_limit), config)
-    state = decision.state
-    ...set decision.point.cap_w on every GPU, read it back, order decision.point.batch_limit; report decision.reason
-
-`Situation` and the rest are in `controller_state`. `part_of_target` is the model's target with this replica's part of
-its tokens/s. A grant that comes between two beats is obeyed by calling `decide` again at once: a ceiling below the
-present cap is always obeyed in the same decision.
+Pure: the agent keeps the state and passes in its own monotonic clock. `decide` is told the highest cap that the lease
+allows (`control.ledger.lease.ceiling_w`) and what telemetry says. A grant that comes between two beats is obeyed by
+calling it again at once, for a ceiling below the present cap is always obeyed in the same decision.
 """
 
 from __future__ import annotations
@@ -21,53 +11,49 @@ from dataclasses import replace
 
 import numpy as np
 
-from pals_ray.control.charge import ChargeTerms
-from pals_ray.control.replica.batch_choice import limit_under_kv_pressure, paced_limit, snap
-from pals_ray.control.replica.candidates import EPS, ask_points, cap_axis_w, points
-from pals_ray.control.replica.controller_state import (
-    ControllerConfig,
-    ControllerState,
-    Decision,
-    Outcome,
-    Situation,
-)
-from pals_ray.control.replica.demand_feedback import with_feedback
-from pals_ray.control.replica.hysteresis import move, with_hysteresis
-from pals_ray.control.replica.latency_feedback import within_reach
+from pals_ray.control.replica.batch_choice import EPS, graph_sizes, limit_under_kv_pressure, paced_limit, snap
+from pals_ray.control.replica.candidates import candidates, cap_axis_w
+from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Decision, Situation
+from pals_ray.control.replica.demand_feedback import apply_feedback
+from pals_ray.control.replica.hysteresis import next_cap, with_hysteresis
+from pals_ray.control.replica.latency_feedback import with_reachable
+from pals_ray.control.replica.prediction import predict_at
 from pals_ray.types import Expected, OperatingPoint, Target
 
+DEFAULTS = ControllerConfig()
 
-def decide(state: ControllerState, seen: Situation, config: ControllerConfig | None = None) -> Decision:
-    """Choose the operating point: the cap in [lowest limit, ceiling], the batch limit a graph size up to the start
-    value. A ceiling below the present cap is obeyed at once."""
-    config = config if config is not None else ControllerConfig()
-    state, dt_s = _at(state, seen, config)
+
+def decide(state: ControllerState, seen: Situation, config: ControllerConfig = DEFAULTS) -> Decision:
+    """Choose the operating point: a cap in [lowest limit, ceiling], and a graph size up to the start value as the batch
+    limit. A ceiling below the present cap is obeyed at once."""
+    state, dt_s = _advanced(state, seen, config)
     present_w = seen.ceiling_w if state.point is None else state.point.cap_w
     if seen.in_force_w is not None:
         present_w = min(present_w, seen.in_force_w)
     cut = present_w > seen.ceiling_w + EPS
     if cut:
-        state = replace(state, shed_s=seen.now_s)
+        state = replace(state, ceiling_cut_s=seen.now_s)
     state = limit_under_kv_pressure(state, seen, config)
     batch = state.point.batch_limit if state.point else seen.max_batch
     if seen.model is None:
         limit = seen.max_batch if seen.pin_batch_limit is None else seen.pin_batch_limit
         point = OperatingPoint(seen.ceiling_w, snap(min(limit, state.kv_limit or limit), seen.max_batch))
-        return _decision(state, seen, point, "no model yet: as much as the grant allows", None)
+        return _decided(state, seen, point, "no model yet: as much as the grant allows", None)
 
-    axis = cap_axis_w(seen.terms.min_limit_w, seen.ceiling_w, seen.terms.max_limit_w, present_w)
+    terms = seen.terms
+    axis = cap_axis_w(terms.min_limit_w, seen.ceiling_w, terms.max_limit_w, present_w)
     here = int(np.searchsorted(axis, min(max(present_w, axis[0]), seen.ceiling_w)))
-    raw = ask_points(seen.model, axis, seen.max_batch)
-    state, on, demand, wanted = with_feedback(state, seen, config, raw, here, dt_s)
-    found = points(
+    raw = predict_at(seen.model, axis, np.array(graph_sizes(seen.max_batch), dtype=np.float64))
+    state, on, demand, wanted = apply_feedback(state, seen, config, raw, here, dt_s)
+    found = candidates(
         on,
         demand,
         wanted,
-        _inside(seen.target, config.inside) if demand > 0 else Target(),
+        _planned(seen.target, config.planned_limit_share) if demand > 0 else Target(),
         most_batch=float(state.kv_limit or seen.max_batch),
         pin_batch_limit=seen.pin_batch_limit,
-        fall=config.fall,
-        likely=demand * state.made_share,
+        most_loss=config.most_capacity_loss,
+        likely=demand * state.modelled_share,
         slowest_itl_s=_slowest_itl_s(seen, wanted, state.itl.factor),
         now_running=seen.telemetry.running,
     )
@@ -79,10 +65,10 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig | N
     elif state.point is None:
         chosen, why = best, "first point"
     else:
-        chosen, why = move(state, seen, config, found, here, best)
+        chosen, why = next_cap(state, seen, config, found, here, best)
     limit = int(found.batch_limit[max(chosen, best)])
     if state.point is not None and seen.pin_batch_limit is None:
-        # To shed power the cap goes first: it acts in milliseconds, where a batch drains over seconds.
+        # When the ceiling falls the cap is cut first: that acts in milliseconds, while a batch drains over seconds.
         limit = batch if cut else paced_limit(state, seen, config, batch, limit)
     expected = Expected(
         demand_tokens_per_s=demand,
@@ -90,21 +76,21 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig | N
         capacity_tokens_per_s=float(found.capacity_tokens_per_s[chosen]),
         served_share=float(found.score[chosen]),
         running=float(found.running[chosen]),
-        node_w=_node_w(seen.terms, float(found.power_w[chosen])),
+        node_w=terms.overhead.charge_w(float(found.power_w[chosen]), terms.num_gpus, terms.node_gpus),
         itl_p99_s=float(found.itl_p99_s[chosen]),
         ttft_p99_s=float(found.ttft_p99_s[chosen]),
     )
     point = OperatingPoint(float(axis[chosen]), snap(limit, seen.max_batch))
     state = replace(
         state,
-        itl=within_reach(state.itl, seen.target.itl_p99_s, float(found.itl_p99_s[-1])),
-        ttft=within_reach(state.ttft, seen.target.ttft_p99_s, float(found.ttft_p99_s[-1])),
+        itl=with_reachable(state.itl, seen.target.itl_p99_s, float(found.itl_p99_s[-1])),
+        ttft=with_reachable(state.ttft, seen.target.ttft_p99_s, float(found.ttft_p99_s[-1])),
     )
-    return _decision(state, seen, point, _told(seen, point, expected, why), expected)
+    return _decided(state, seen, point, _reason(seen, point, expected, why), expected)
 
 
-def _at(state: ControllerState, seen: Situation, config: ControllerConfig) -> tuple[ControllerState, float]:
-    """The state at this instant, and the time step, s. A clock that went back makes all waiting begin anew."""
+def _advanced(state: ControllerState, seen: Situation, config: ControllerConfig) -> tuple[ControllerState, float]:
+    """The state at this instant, and the time step, s. After a clock went back all waiting times begin anew."""
     now_s = seen.now_s
     if state.point is None or now_s < state.last_s:
         state = replace(
@@ -114,8 +100,8 @@ def _at(state: ControllerState, seen: Situation, config: ControllerConfig) -> tu
             kv_changed_s=now_s,
             queue_since_s=None,
             pid=replace(state.pid, beyond_since_s=None),
-            shed_s=None if state.shed_s is None else now_s,
-            rose_s=None,
+            ceiling_cut_s=None if state.ceiling_cut_s is None else now_s,
+            jumped_s=None,
             last_s=now_s,
         )
     dt_s = min(now_s - state.last_s, config.most_step_s)
@@ -123,22 +109,18 @@ def _at(state: ControllerState, seen: Situation, config: ControllerConfig) -> tu
     return replace(state, last_s=now_s, queue_since_s=since_s), dt_s
 
 
-def _inside(target: Target, share: float) -> Target:
-    """The limits to plan for: a little inside those of the target."""
-    ttft_s, itl_s = target.ttft_p99_s, target.itl_p99_s
-    return replace(
-        target,
-        ttft_p99_s=None if ttft_s is None else share * ttft_s,
-        itl_p99_s=None if itl_s is None else share * itl_s,
-    )
+def _planned(target: Target, share: float) -> Target:
+    """The target with the latency limits to plan for, which are a little tighter."""
+    ttft_s, itl_s = (limit_s and share * limit_s for limit_s in (target.ttft_p99_s, target.itl_p99_s))
+    return replace(target, ttft_p99_s=ttft_s, itl_p99_s=itl_s)
 
 
 def _slowest_itl_s(seen: Situation, wanted: float, factor: float) -> float:
-    """The p99 ITL that a cap may cost where all demand is to be served and no limit is given: that of a full batch at
-    the highest cap, which the engine was started for.
+    """The highest p99 ITL that a cap may cause, s, where all demand is to be served and no ITL limit is given.
 
-    Clients that wait for an answer before they ask again take all slowness for less demand: without this each cut of
-    the cap would call for the next. `factor` is the feedback on the model's ITL.
+    It is that of a full batch at the highest cap, which the engine was started for. Clients that wait for an answer
+    before they ask again send less to a slower replica, so without this each cut of the cap would justify the next.
+    `factor` is the feedback on the model's ITL.
     """
     target = seen.target
     targeted = target.throughput_tokens_per_s is not None and wanted >= target.throughput_tokens_per_s
@@ -147,16 +129,9 @@ def _slowest_itl_s(seen: Situation, wanted: float, factor: float) -> float:
     return factor * float(seen.model.predict(seen.terms.max_limit_w, seen.max_batch).itl_p99_s)
 
 
-def _decision(
+def _decided(
     state: ControllerState, seen: Situation, point: OperatingPoint, reason: str, expected: Expected | None
 ) -> Decision:
-    before, telemetry = state.expected, seen.telemetry
-    outcome = Outcome(
-        expected=before,
-        throughput_tokens_per_s=telemetry.throughput_tokens_per_s,
-        node_w=_node_w(seen.terms, telemetry.power_w),
-        throughput_error=state.pid.error,
-    )
     was = state.point
     state = replace(
         state,
@@ -165,10 +140,10 @@ def _decision(
         cap_changed_s=state.cap_changed_s if was and was.cap_w == point.cap_w else seen.now_s,
         batch_changed_s=state.batch_changed_s if was and was.batch_limit == point.batch_limit else seen.now_s,
     )
-    return Decision(point, reason, expected, outcome, state)
+    return Decision(point, reason, state)
 
 
-def _told(seen: Situation, point: OperatingPoint, expected: Expected, why: str) -> str:
+def _reason(seen: Situation, point: OperatingPoint, expected: Expected, why: str) -> str:
     """The reason as an operator reads it."""
     cap = "lowest cap" if point.cap_w <= seen.terms.min_limit_w else f"cap {point.cap_w:.0f} W"
     if expected.demand_tokens_per_s == 0.0:
@@ -181,7 +156,3 @@ def _told(seen: Situation, point: OperatingPoint, expected: Expected, why: str) 
         f"{cap}{ceiling}, batch {point.batch_limit}: {expected.wanted_tokens_per_s:.4g} tokens/s wanted{short} with "
         f"about {expected.running:.0f} running, {expected.node_w:.0f} W at the node; {why}"
     )
-
-
-def _node_w(terms: ChargeTerms, gpu_w: float) -> float:
-    return terms.overhead.charge_w(gpu_w, terms.num_gpus, terms.node_gpus)

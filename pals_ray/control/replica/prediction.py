@@ -11,19 +11,19 @@ from pals_ray.models.correction import CorrectedModel
 from pals_ray.models.power_model import FloatArray, PowerModel, Prediction
 from pals_ray.types import Target
 
-#: Caps and batch sizes asked for over a replica's whole range.
+#: Caps, and batch sizes for each doubling, at which a model is asked over a replica's whole range.
 MENU_CAPS = 101
 BATCHES_PER_OCTAVE = 4
-#: The busiest moments have this many standard deviations more sequences running than the mean: in 2 % there are more.
+#: Busy moments are taken to have so many standard deviations more sequences running than the mean; 2 % have more.
 BUSY_SIGMAS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Surface:
-    """A model's answers at C caps x B batches; all replicas alike share one.
+    """A model's answers at C caps x B batch sizes; all replicas alike share one.
 
-    `cap_w` (C,) per GPU, `batch` (B,); else (C, B): `capacity_tokens_per_s` is one standard deviation below the mean,
-    so that a point said to serve its target mostly does; `power_w` is the group's.
+    `cap_w` (C,) per GPU and `batch` (B,) ascend; the others are (C, B). `capacity_tokens_per_s` is one standard
+    deviation below the mean, so that a point said to serve its target mostly does; `power_w` is the whole group's.
     """
 
     cap_w: FloatArray
@@ -36,18 +36,32 @@ class Surface:
 
 
 def predict_range(model: PowerModel, min_limit_w: float, max_limit_w: float, max_batch: int) -> Surface:
-    """Ask a model for the whole range of a replica in one call.
+    """Ask a model for a replica's whole range of caps and batch sizes, in one call.
 
-    Replicas of one model differ in their corrections alone: what the model itself says is remembered.
+    Replicas of one model differ only in their corrections, so what the model itself answers is remembered.
     """
     if isinstance(model, CorrectedModel):
-        cap_w, batch, said = _whole_range(_ByIdentity(model.model), min_limit_w, max_limit_w, max_batch)
-        return _surface(cap_w, batch, model.corrected(cap_w[:, None], said))
+        cap_w, batch, answer = _whole_range(_ByIdentity(model.model), min_limit_w, max_limit_w, max_batch)
+        return _surface(cap_w, batch, model.corrected(cap_w[:, None], answer))
     return _surface(*_whole_range(_ByIdentity(model), min_limit_w, max_limit_w, max_batch))
 
 
+def predict_at(model: PowerModel, cap_w: FloatArray, batch: FloatArray) -> Surface:
+    """A model's answers at these caps (C,) x batch sizes (B,), both ascending, in one call."""
+    return _surface(cap_w, batch, model.predict(cap_w[:, None], batch[None, :]))
+
+
+def latency_score(target: Target, on: Surface) -> FloatArray:
+    """(C, B): 1 within the latency limits, else limit / latency of the worse miss."""
+    score = np.ones_like(on.itl_p99_s)
+    for limit_s, latency_s in ((target.itl_p99_s, on.itl_p99_s), (target.ttft_p99_s, on.ttft_p99_s)):
+        if limit_s is not None:
+            score = np.minimum(score, limit_s / np.maximum(latency_s, limit_s))
+    return score
+
+
 class _ByIdentity:
-    """A model by its identity: what it says never changes, and it need not be hashable."""
+    """A key for a cache: models never change their answers, but need not be hashable."""
 
     def __init__(self, model: PowerModel) -> None:
         self.model = model
@@ -61,28 +75,14 @@ class _ByIdentity:
 
 @lru_cache(maxsize=32)
 def _whole_range(
-    asked: _ByIdentity, min_limit_w: float, max_limit_w: float, max_batch: int
+    key: _ByIdentity, min_limit_w: float, max_limit_w: float, max_batch: int
 ) -> tuple[FloatArray, FloatArray, Prediction]:
     cap_w = np.linspace(min_limit_w, max_limit_w, MENU_CAPS)
     octaves = np.arange(0, np.log2(max_batch), 1 / BATCHES_PER_OCTAVE)
     batch = np.unique(np.append(np.round(2**octaves), max_batch)).astype(float)
-    return cap_w, batch, asked.model.predict(cap_w[:, None], batch[None, :])
-
-
-def predict_at(model: PowerModel, cap_w: FloatArray, batch: FloatArray) -> Surface:
-    """A model's answers at these caps (C,) x batches (B,), both ascending, in one call."""
-    return _surface(cap_w, batch, model.predict(cap_w[:, None], batch[None, :]))
+    return cap_w, batch, key.model.predict(cap_w[:, None], batch[None, :])
 
 
 def _surface(cap_w: FloatArray, batch: FloatArray, p: Prediction) -> Surface:
     safe = np.maximum(p.throughput_tokens_per_s * (1 - p.throughput_rel_std), 0.0)
     return Surface(cap_w, batch, safe, p.power_w, p.itl_p99_s, p.ttft_p99_s, p.honours_cap)
-
-
-def latency_score(target: Target, on: Surface) -> FloatArray:
-    """(C, B): 1 within the limits, else limit / latency of the worse miss."""
-    met = np.ones_like(on.itl_p99_s)
-    for limit_s, latency_s in ((target.itl_p99_s, on.itl_p99_s), (target.ttft_p99_s, on.ttft_p99_s)):
-        if limit_s is not None:
-            met = np.minimum(met, limit_s / np.maximum(latency_s, limit_s))
-    return met

@@ -1,10 +1,10 @@
-"""One replica's operating point: the controller with all that it decides on, and what telemetry says of its model."""
+"""One replica's controller: it holds target, model and correction, learns from telemetry and chooses the point."""
 
 from __future__ import annotations
 
 from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
-from pals_ray.control.replica.operating_point import decide
+from pals_ray.control.replica.operating_point import DEFAULTS, decide
 from pals_ray.control.snapshot import TailFactors
 from pals_ray.control.telemetry import LATENCY_S, RATE_S, TelemetryWindow
 from pals_ray.models.correction import CorrectedModel, Correction, Observation
@@ -13,13 +13,13 @@ from pals_ray.types import Expected, Grant, OperatingPoint, ReplicaTelemetry, Ta
 
 
 class ReplicaController:
-    """Knows no devices and no clock; times are s of the agent's monotonic clock.
+    """Chooses one replica's operating points; times are s of the agent's monotonic clock.
 
-    `largest_prompt` is the TTFT of the largest prompt expected relative to that of the model's workload. `serving` is
-    how many replicas the model has.
+    `largest_prompt` is the TTFT of the largest prompt expected, relative to the TTFT of the model's workload. `serving`
+    is how many replicas the model has.
     """
 
-    def __init__(self, num_gpus: int, largest_prompt: float = 1.0, config: ControllerConfig | None = None) -> None:
+    def __init__(self, num_gpus: int, largest_prompt: float = 1.0, config: ControllerConfig = DEFAULTS) -> None:
         self.correction = Correction()
         self.target = Target()
         self.serving = 1
@@ -33,17 +33,17 @@ class ReplicaController:
         self._arriving_tokens_per_s = 0.0
 
     def take_model(self, model: PowerModel | None, source: str) -> None:
-        """Predict by this model from now on (None: by none), and forget what was learnt of one from another source."""
+        """Predict by this model from now on (None: by none); a model from another source begins without corrections."""
         if source != self._source:
             self.correction = Correction()
         self._model, self._source = model, source
 
     @property
     def recent_s(self) -> float:
-        """Over what the latencies that feedback answers to are to be taken, s.
+        """The window of the latencies that feedback answers to, s.
 
-        An interval is judged over all replicas of a model. So many fewer requests end in one of them: their p99 over as
-        short a time would be that of a single late one.
+        SLO intervals are judged over all replicas of a model. One replica finishes only its part of the requests, so
+        its p99 over as short a time would be that of a single late request.
         """
         return min(RATE_S * self.serving, LATENCY_S)
 
@@ -56,21 +56,22 @@ class ReplicaController:
     def demand_tokens_per_s(self) -> float | None:
         """What arrives, as far as telemetry shows; None before anything is known.
 
-        What is served and what runs tell of it at once, but a replica that its cap holds down makes less of either.
+        The controller takes it from what is served and what runs, and both show less while a cap holds a replica down.
+        So what requests that came in ask for counts where it is more.
         """
         seen = self._state.demand_tokens_per_s
         return max(seen, self._arriving_tokens_per_s) if seen else seen
 
     @property
     def tails(self) -> TailFactors:
-        """What the controller multiplies predicted p99 latencies with."""
-        state, config = self._state, self._config or ControllerConfig()
-        return TailFactors(state.itl.factor / config.inside, state.ttft.factor * self._largest_prompt / config.inside)
+        """What the controller multiplies predicted p99 latencies with before it compares them with the limits."""
+        state, share = self._state, self._config.planned_limit_share
+        return TailFactors(state.itl.factor / share, state.ttft.factor * self._largest_prompt / share)
 
     def natural_draw_w(self, window: TelemetryWindow, seen: ReplicaTelemetry, max_limit_w: float) -> float | None:
         """GPU watts of the group at its present batch if nothing capped it, and never below the recent p95.
 
-        Measured while no cap binds, else as the model predicts it; None where there is none.
+        Measured while no cap binds, else predicted by the model; None where there is no model either.
         """
         uncapped_w = seen.power_w
         if seen.binding_share > 0.0:

@@ -1,9 +1,9 @@
-"""The throughput feedback: how far the model's capacity is off, from the error that its points leave."""
+"""The throughput feedback: a PID controller on how far what is served falls short of what was predicted or wanted."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 #: A correction doubles or halves at most.
 _MOST_LOG = math.log(2.0)
@@ -35,12 +35,8 @@ class PidState:
     error: float | None = None
     beyond_since_s: float | None = None
 
-    def lasting(self, now_s: float, gains: Gains) -> bool:
-        """Whether an error beyond the dead band has persisted."""
-        return self.beyond_since_s is not None and now_s - self.beyond_since_s >= gains.persist_s
 
-
-def correct(
+def pid_step(
     state: PidState,
     error: float | None,
     now_s: float,
@@ -53,23 +49,22 @@ def correct(
 ) -> tuple[PidState, float]:
     """One step: the new state and the factor, in [0.5, 2], that the required capacity is to be multiplied by.
 
-    `error` is None where served says nothing of capacity (nothing waits): proportional and derivative parts rest, the
-    integral holds, or unwinds with `spare` capacity. With `at_most` or `at_least` the actuator is at its end that way
-    and the integral does not grow any further that way.
+    `error` is None where what is served says nothing of capacity, because nothing waits: then only the integral counts,
+    and it unwinds with `spare` capacity. With `at_most` or `at_least` the cap is at that end of its range, and the
+    integral does not grow any further that way.
     """
     if error is None:
         integral = state.integral * math.exp(-dt_s / gains.unwind_s) if spare else state.integral
         return PidState(integral), math.exp(integral)
-    beyond = abs(error) > gains.dead_band
-    same_side = state.error is not None and state.error * error > 0
-    since_s = (state.beyond_since_s if same_side and state.beyond_since_s is not None else now_s) if beyond else None
-    state = replace(state, beyond_since_s=since_s)
-    if not state.lasting(now_s, gains):
-        return replace(state, error=error), math.exp(state.integral)
+    since_s = None
+    if abs(error) > gains.dead_band:
+        same_side = state.error is not None and state.error * error > 0
+        since_s = state.beyond_since_s if same_side and state.beyond_since_s is not None else now_s
+    if since_s is None or now_s - since_s < gains.persist_s:
+        return PidState(state.integral, error, since_s), math.exp(state.integral)
     slope_per_s = (error - state.error) / dt_s if state.error is not None and dt_s > 0 else 0.0
     blocked = (error > 0 and at_most) or (error < 0 and at_least)
-    integral = state.integral if blocked else state.integral + gains.integral_per_s * error * dt_s
-    integral = _clamped(integral)
+    integral = _clamped(state.integral if blocked else state.integral + gains.integral_per_s * error * dt_s)
     log = _clamped(gains.proportional * error + integral + gains.derivative_s * slope_per_s)
     return PidState(integral, error, since_s), math.exp(log)
 

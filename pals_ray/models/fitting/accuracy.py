@@ -1,4 +1,4 @@
-"""How well a fit predicts what it was not shown."""
+"""How well a fit predicts points that were left out of it."""
 
 from __future__ import annotations
 

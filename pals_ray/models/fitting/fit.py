@@ -1,8 +1,8 @@
 """Fitting the form to measurements: maximum a posteriori, with a smooth residual and its uncertainty.
 
-logs of throughput and draw = physical form(theta) + Gaussian process + noise. The natural draw may also deviate
-smoothly with the batch inside the form, so that a cap acts on what the data show, not on a sigmoid. Unknowns are found
-by least squares whitened by the residual's covariance; a measurement far from what all the others say loses weight.
+logs of throughput and draw = physical form(theta) + Gaussian process + noise. Inside the form the natural draw may
+also deviate smoothly from its sigmoid in the batch, so that a cap acts on the draw that was measured. The unknowns are
+found by least squares whitened by the residual's covariance; a measurement that all others contradict loses weight.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Scales:
 
 _PASSES = 3
 _MAX_EVALUATIONS = 30
-# A residual beyond this many standard deviations of what all other rows predict is taken for a bad sample. Throughput
-# has true bends that no other row foretells (a kernel or a graph size that changes), power hardly.
+# A row further than this many standard deviations from what all others predict is taken as a bad sample. Throughput is
+# allowed more, since it has true bends that no other row shows (another kernel or graph size).
 _THROUGHPUT_OUTLIER_STDS = 6.5
 _POWER_OUTLIER_STDS = 4.0
-# Where rows miss each other by more than the scales allow, uncertainty grows by as much, up to this factor.
+# If rows disagree by more than the scales allow, uncertainty grows in proportion, up to this factor.
 _EXCESS_LIMIT = 4.0
-# How far the same job lies from itself in another run: Zeus's optimizers differ by 2.3 % and 1.3 % on average.
+# Difference between runs of one job, throughput and power: Zeus's optimizers differ by 2.3 % and 1.3 % on average.
 _RUN_TO_RUN_STDS = (0.029, 0.016)
 # A parameter whose uncertainty the data reduced by less than this share stays undetermined.
 _DETERMINED_SHARE = 0.9
@@ -57,8 +57,8 @@ _DERIVATIVE_STEP = 1e-4
 class Posterior:
     """The form fitted to a table: means, standard deviations and joint covariance of logs anywhere.
 
-    Throughput is tokens/s of the replica, power one GPU's W. A table of one point is enough for an answer, mostly the
-    prior's: `fit_surface` refuses what determines too little.
+    Throughput is tokens/s of the replica, power one GPU's W. It accepts a table of one point and then answers mostly
+    from the prior; `fit_surface` refuses tables with too few points.
     """
 
     def __init__(self, table: SampleTable, model: ModelSpec | None = None, scales: Scales | None = None) -> None:
@@ -117,8 +117,6 @@ class Posterior:
         out[n:, m:] = s.power_by_cap**2 * both
         return out
 
-    # -- the fit
-
     def _solve(self) -> None:
         s, n = self.scales, self._count
         theta = self._mean.copy()
@@ -154,8 +152,6 @@ class Posterior:
             float(np.clip(np.sqrt(np.mean(np.minimum(half, _EXCESS_LIMIT) ** 2)), 1.0, _EXCESS_LIMIT))
             for half in (left_out[:n], left_out[n:])
         )
-
-    # -- what it says
 
     def mean_logs(self, cap_w: ArrayLike, batch: ArrayLike) -> tuple[FloatArray, FloatArray, Shape]:
         """Mean of log throughput and of log power of one GPU at 1-d points, and the form's shape there."""
@@ -201,7 +197,7 @@ class Posterior:
         return std[:m], std[m:]
 
     def predictive_std_logs(self, cap_w: ArrayLike, batch: ArrayLike) -> tuple[FloatArray, FloatArray]:
-        """Standard deviation of a new measurement's logs: of the mean and noise, widened as rows miss each other."""
+        """Standard deviation of a new measurement's logs: of the mean plus noise, wider where rows disagree."""
         throughput, power = self.std_logs(cap_w, batch)
         return (
             self._excess[0] * np.hypot(throughput, _RUN_TO_RUN_STDS[0]),
@@ -223,7 +219,7 @@ class Posterior:
         return tuple(int(i) for i in np.flatnonzero(bad))
 
     def throughput_believed(self) -> NDArray[np.bool_]:
-        """(n,): rows of the merged table whose throughput is none that all the others contradict."""
+        """(n,): False for rows of the merged table whose throughput all the others contradict."""
         return self.inflation[: self._count] <= 1.0
 
     def undetermined(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A fitted replica as a table (see `lookup`): the fit over caps and batches, once, made monotone in the cap."""
+"""From samples to a lookup table: the fit evaluated over caps and batches, made monotone in the cap (see `lookup`)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pals_ray.models.lookup import FitReport, SurfaceModel
 from pals_ray.models.power_model import FloatArray, PowerModel
 from pals_ray.models.specs import ModelSpec
 
-# Without any latency measurement: a request that is admitted waits for the step under way and has one of its own.
+# TTFT in steps where no latency was measured: an admitted request waits for the current step and has one of its own.
 _TTFT_STEPS = 2.0
-# Median of p99 / p50 ITL over the 328 configurations of the ML.ENERGY file is 2.50; TTFT's tail is taken alike.
+# p99 / p50 of ITL has a median of 2.50 over the 328 configurations of the ML.ENERGY file; TTFT is assumed alike.
 _TAIL = 2.5
 
-# Interpolation between measured steps goes through a wrong one too: it counts for this far from the fits, in logs.
+# Interpolation between measured steps follows wrong ones too, so it may move the fits by at most this, in logs.
 _NEAR = 0.3
 
-# The table's reach beyond the measurements, as factors on the cap and octaves of batch; further out, its edge.
+# How far the table reaches beyond the measurements: factors on the cap, octaves of batch.
 _CAP_REACH = (0.5, 1.5)
 _BATCH_REACH_OCTAVES = 2.0
 _CAP_KNOTS = 64
@@ -34,11 +34,7 @@ def fit_surface(
     that were not measured. Raises `SampleError` where the table cannot carry a fit.
     """
     check_enough(table)
-    return tabulate(Posterior(table, model), latency_prior)
-
-
-def tabulate(posterior: Posterior, latency_prior: PowerModel | None = None) -> SurfaceModel:
-    """The lookup table of a fit."""
+    posterior = Posterior(table, model)
     table = posterior.table
     caps = _with(
         table.cap_w, np.geomspace(table.cap_w.min() * _CAP_REACH[0], table.cap_w.max() * _CAP_REACH[1], _CAP_KNOTS)
@@ -70,7 +66,7 @@ def tabulate(posterior: Posterior, latency_prior: PowerModel | None = None) -> S
 
 
 def _monotone(logs: FloatArray) -> FloatArray:
-    """Never falling along the caps (axis 0): midway between the least such surface above and the greatest below."""
+    """Made never to fall along the caps (axis 0): the mean of the least such surface above and the greatest below."""
     above = np.maximum.accumulate(logs, axis=0)
     below = np.minimum.accumulate(logs[::-1], axis=0)[::-1]
     return np.asarray((above + below) / 2.0)
@@ -87,8 +83,8 @@ class _Latencies:
     """Logs of the four latencies: a formula each, corrected smoothly by what was measured.
 
     ITL p50 starts from batch / throughput (Little's law of a full batch), TTFT p50 from the slowdown of compute
-    (prefill) or from `prior`, tails from the median. A measured ITL p50 is a step time as well: the answer is the mean
-    of the formula and of both estimates of `StepTimes`.
+    (prefill) or from `prior`, tails from the median. A measured ITL p50 is also a step time; where there are
+    enough of them, the answer is the mean of the formula and the two estimates of `StepTimes`.
     """
 
     def __init__(self, posterior: Posterior, prior: PowerModel | None) -> None:
@@ -97,8 +93,8 @@ class _Latencies:
         self._ttft_measured = "ttft_p50_s" in table.latency
         fitted, _, shape = posterior.mean_logs(table.cap_w, table.batch)
         log2 = np.log2(table.batch)
-        # Measured throughput, not fitted: a row's own ratio of latency to step time is free of the fit's error. But for
-        # a throughput that all others contradict.
+        # Measured throughput, because a row's own ratio of latency to step time is free of the fit's error; fitted
+        # where all other rows contradict the measurement.
         believed = posterior.throughput_believed()
         measured = np.where(believed, np.log(table.throughput_tokens_per_s), fitted)
         self._corrections: dict[str, LogRatio] = {}
@@ -120,7 +116,7 @@ class _Latencies:
         itl = log2 * np.log(2.0) - log_throughput
         tail = np.full_like(itl, np.log(_TAIL))
         if self._prior is None:
-            # Measured TTFTs say their own level, and follow the cap as prefill does: with compute.
+            # Measured TTFTs give the level; with the cap they change as prefill does, which follows compute.
             ttft = log_slowdown if self._ttft_measured else np.log(_TTFT_STEPS) + itl
             return {"itl_p50_s": itl, "itl_p99_s": tail, "ttft_p50_s": ttft, "ttft_p99_s": tail}
         said = self._prior.predict(cap, np.exp2(log2))

@@ -1,6 +1,6 @@
-"""Which point to measure next: the one that tells most about all the others.
+"""Which point to measure next: the one that reduces the uncertainty of all points most.
 
-The rule sees which cells there are, and values only of those already measured. It begins with the corners of the
+The rule knows all cells of the grid, but values only of those already measured. It begins with the corners of the
 grid and the middle batch, then takes the cell whose measurement would reduce the summed variance of log throughput
 and log power over all cells most (Cohn's active learning), given the fit to what is known so far.
 """
@@ -16,7 +16,7 @@ from pals_ray.models.fitting.sample_checks import SampleTable
 from pals_ray.models.power_model import FloatArray
 from pals_ray.models.specs import ModelSpec
 
-# Errors worth the same: throughput is noisier than power by about this factor in every file at hand.
+# Weight of power's variance beside throughput's, which is noisier by about this factor in every file at hand.
 _POWER_OVER_THROUGHPUT_WEIGHT = 3.4
 
 

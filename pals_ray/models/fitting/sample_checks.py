@@ -1,4 +1,4 @@
-"""Measurements of a replica, checked: what a fit starts from."""
+"""Measured samples as a table, and the checks with which `pals fit` refuses those that no model can be fitted to."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def samples_from_columns(
 
 
 def check_enough(table: SampleTable) -> None:
-    """Refuse a table that determines nothing. Raises `SampleError` saying what to measure."""
+    """Refuse a table with too few points or a single batch limit. Raises `SampleError` saying what to measure."""
     cells = {(c, b) for c, b in zip(table.cap_w, table.batch, strict=True)}
     if len(cells) < MIN_CELLS:
         raise SampleError(

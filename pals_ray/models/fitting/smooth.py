@@ -21,7 +21,7 @@ def gaussian(a: FloatArray, b: FloatArray, length: float) -> FloatArray:
 
 
 class LogRatio:
-    """A smooth correction in logs over (log2 batch, depth of cap), for what has a formula of its own otherwise.
+    """A smooth correction, in logs, of a formula over (log2 batch, depth of cap).
 
     Used for latencies: log(measured / formula) = constant + smooth function of batch + a little with the cap.
     """
@@ -30,7 +30,7 @@ class LogRatio:
     _SMOOTH_STD = 0.15
     _CAP_STD = 0.05
     _NOISE_STD = 0.02
-    #: A ratio further from what all others say is taken for a bad sample, and weighs the less the further it is.
+    #: A ratio further than this from what all others predict is taken as a bad sample; its weight falls with distance.
     _OUTLIER_STDS = 6.5
     _BATCH_LENGTH = 3.0
     _DEPTH_LENGTH = 0.7

@@ -1,8 +1,8 @@
-"""Two estimates of a step's time from measured median ITLs, which err in different places.
+"""Two estimates of a step's time from measured median ITLs, with errors in different places.
 
-One fits batch / ITL as a throughput of its own, with the form and residual of `fit`. The other takes from that fit only
-what a cap costs: at the highest cap, a step takes a fixed time and a time per sequence, and what is left over at each
-measured batch is interpolated between neighbours.
+One fits batch / ITL as if it were a throughput, with the form and residual of `fit`. The other uses that fit only for
+the slowdown by a cap: at the highest cap it takes a fixed time plus a time per sequence, and interpolates what the
+measured batches deviate from that.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StepTimes:
         return cls(posterior, posterior.table.take(np.flatnonzero(np.isfinite(itl_s))))
 
     def logs(self, cap_w: FloatArray, log2_batch: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Both estimates of the log of a step's time, s, at 1-d points: of the fit, and between neighbours."""
+        """Logs of a step's time, s, at 1-d points: from the fit, and interpolated between measured batches."""
         rate, _, _ = self._fit.mean_logs(cap_w, np.exp2(log2_batch))
         near = self._log_affine(log2_batch) + self._left_over(np.clip(log2_batch, *self._range))
         return log2_batch * np.log(2.0) - rate, near + self._log_slowdown(cap_w, log2_batch)
@@ -56,7 +56,7 @@ class StepTimes:
         return np.asarray(np.log(self._fixed_s + self._per_sequence_s * np.exp2(log2_batch)))
 
     def _log_slowdown(self, cap_w: FloatArray, log2_batch: FloatArray) -> FloatArray:
-        """What a cap costs a step beside the highest cap measured, as the fit has it."""
+        """Log of a step's time over that at the highest measured cap, by the fit."""
         batch = np.exp2(log2_batch)
         top, _, _ = self._fit.mean_logs(np.full_like(cap_w, self._top_cap_w), batch)
         capped, _, _ = self._fit.mean_logs(cap_w, batch)

@@ -1,4 +1,4 @@
-"""What to expect of a replica that nobody has measured: a roofline of its model on its GPUs, under any cap."""
+"""The prior for a replica that nobody has measured: a roofline of its model on its GPUs, under any cap."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class RooflineModel:
     def predict(self, cap_w: ArrayLike, batch: ArrayLike) -> Prediction:
         """Saturated throughput, draw of all GPUs and latencies at (cap per GPU, batch limit)."""
         cap, seqs = (np.array(a, dtype=np.float64) for a in np.broadcast_arrays(np.asarray(cap_w), np.asarray(batch)))
-        # Each sequence ends after `output_tokens` steps and makes room for a prompt: Poisson arrivals per step.
+        # A sequence ends after `output_tokens` steps and a new prompt takes its place, so prompts per step are Poisson.
         rate = seqs / self.workload.output_tokens
         share = 1.0 - np.exp(-rate)
         decode = self._step(cap, seqs, 0.0)
@@ -69,7 +69,7 @@ class RooflineModel:
         itl_p50_s = decode.duration_s ** (1.0 - often) * mixed.duration_s**often
         crowd = rate + _P99_SIGMA * np.sqrt(rate)
         itl_p99_s = self._step(cap, seqs, crowd).duration_s
-        # A new request waits for the step under way and has its prompt in the next, at worst in a crowd.
+        # A new request waits for the current step and is prefilled in the next, at the tail with many others.
         ttft_p50_s = 0.5 * mean_s + self._step(cap, seqs, 1.0 + rate).duration_s
         ttft_p99_s = itl_p99_s + self._step(cap, seqs, 1.0 + crowd).duration_s
         s = self.time_scale

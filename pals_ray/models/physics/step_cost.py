@@ -1,10 +1,11 @@
-"""The silicon's physics, once: how long a step takes and what a GPU draws at a power cap.
+"""What an engine step costs on a GPU type: how long it takes and what a GPU draws, under a power cap or without.
 
-Used by the prior, by the virtual GPUs' paced worker and by the simulator. A step is a roofline: weights, KV cache and
-activations through memory, FLOPs through the tensor cores, all-reduces over NVLink, and launch overhead. Power is idle
-draw plus parts that follow the clock and the load; a cap admits the highest clock whose draw lies within it. The clock
-slows compute in proportion, and memory only below a knee, where the on-chip fabric can no longer keep DRAM busy: so
-decode is flat in the cap and then falls off a cliff, while prefill bends at once (FACTS, "Physics of a capped GPU").
+Used by the roofline prior, the virtual GPUs' paced worker and the simulator. A step is a roofline: weights, KV cache
+and activations through memory, FLOPs through the tensor cores, all-reduces over NVLink, and launch overhead. Power is
+idle draw plus parts that follow the clock and the load; a cap admits the highest clock whose draw lies within it. A
+lower clock slows compute in proportion, but memory only below a knee, where the on-chip fabric can no longer keep DRAM
+busy. So lowering the cap leaves decode alone down to some cap and then slows it steeply, while prefill slows from the
+start (FACTS, "Physics of a capped GPU").
 
 Throughout, a *clock* is a share of the GPU's highest SM clock, in (0, 1].
 """
@@ -29,8 +30,9 @@ _N = TypeVar("_N", float, FloatArray)
 _BISECTIONS = 16
 _TINY = 1e-12
 
-# Draw rises with the tokens of a step beyond what their FLOPs and bytes explain: more of the SMs are at work. In the
-# ML.ENERGY file about by as much with every doubling, which a small power follows; 1 at vLLM's full chunk.
+# More tokens in a step keep more SMs at work, which draws more than their FLOPs and bytes explain. In the ML.ENERGY
+# file every doubling of tokens adds about as many watts; a small exponent follows that. The factor is 1 at vLLM's full
+# chunk of prompt tokens.
 _FULL_CHUNK_TOKENS = 8192.0
 _OCCUPANCY_EXPONENT = 0.2
 _E = math.e
@@ -117,7 +119,7 @@ class GroupPhysics:
         n = parallelism.num_gpus
         bandwidth = gpu.bandwidth_bytes_per_s
         flops = gpu.dense_fp8_flops_per_s if model.weight_bytes <= 1.0 else gpu.dense_bf16_flops_per_s
-        # Without FP8 units the weights are still read as FP8 and computed in 16 bits: the spec's rate says so.
+        # A GPU without FP8 units reads FP8 weights and computes in 16 bits; its `dense_fp8_flops_per_s` is that rate.
         self._shared_read_s = model.shared_params * model.weight_bytes / n / bandwidth
         self._expert_read_s = model.expert_params * model.weight_bytes / n / bandwidth
         # More ranks than KV heads replicate them; a latent cache is whole on every rank.
@@ -127,7 +129,7 @@ class GroupPhysics:
         self._state_s = 2.0 * 4.0 * model.state_values / n / bandwidth
         self._activation_s = c.activation_passes * model.layers * model.hidden * 2.0 / n / bandwidth
         self._token_compute_s = 2.0 * model.active_params / n / flops
-        # Whole experts on a rank: some rank has more tokens, and touches more experts, than the mean one.
+        # With whole experts on a rank, the most loaded rank has more tokens and touches more experts than the mean one.
         spread = parallelism.expert > 1 and model.is_moe
         active_expert = model.active_params - model.shared_params
         self._token_excess_s = 2.0 * active_expert * (c.expert_imbalance - 1.0) / n / flops if spread else 0.0
@@ -155,20 +157,21 @@ class GroupPhysics:
         self._occupancy_w = c.occupancy_power * span_w
         self._dram_w = c.dram_power * span_w
         self.clock_floor = gpu.min_sm_clock_mhz / gpu.max_sm_clock_mhz
-        # So that the knee costs nothing at the highest clock, where efficiency was fitted.
+        # Memory efficiency was fitted at the highest clock, so the fabric's slowdown is taken relative to it.
         self._fabric_norm = (1.0 + c.fabric_knee**c.fabric_sharpness) ** (1.0 / c.fabric_sharpness)
 
-    # -- what a step needs, in seconds at the datasheet's rates: memory and compute of the most loaded rank and of the
-    # -- mean one (they set the time and the draw), fixed time, and the share of the
-    # chip that so many tokens fill
-
     def _needs(self, prefill: _N, context: _N, seqs: _N, kv: _N) -> tuple[_N, _N, _N, _N, _N, _N]:
+        """What a step needs, in seconds at the datasheet's rates.
+
+        Memory and compute of the most loaded rank (they set the time), fixed time, memory and compute of the mean rank
+        (they set the draw), and the share of the chip that so many tokens keep at work.
+        """
         tokens = prefill + seqs
         memory = self._shared_read_s + kv * self._kv_read_s + seqs * self._state_s + tokens * self._activation_s
         peak_memory = memory
         if self.model.is_moe:
             share = distinct_expert_share(tokens, self.model.experts, self.model.active_experts)
-            # share + luck x sqrt(share (1 - share)) to first order, but never above 1.
+            # To first order share + luck x sqrt(share (1 - share)), in a form that never exceeds 1.
             missed = 1.0 - share
             odds: _N = (share / (missed + _TINY)) ** 0.5
             peak_share = 1.0 - missed * _E ** (-self._rank_luck * odds)
@@ -193,7 +196,7 @@ class GroupPhysics:
         return fixed + busy
 
     def _power(self, needs: tuple[_N, _N, _N, _N, _N, _N], clock: _N, die: float) -> _N:
-        """Mean W of one GPU: energy per FLOP and per byte on chip falls as clock^(n-1), DRAM's doesn't."""
+        """Mean W of one GPU: energy per FLOP and per on-chip byte goes as clock^(n-1), DRAM's stays the same."""
         _, _, _, memory, compute, occupancy = needs
         duration = self._duration(needs, clock)
         per_cycle: _N = clock ** (self.constants.clock_exponent - 1.0)
@@ -205,8 +208,6 @@ class GroupPhysics:
         )
         power: _N = self.gpu.idle_context_w + die * dynamic
         return power
-
-    # -- one step, in a hot loop
 
     def step(self, work: StepWork, cap_w: float, die: float = 1.0) -> Step:
         """One GPU's step under an effective cap, W. `die` is its factor on dynamic power (see `die_factor`)."""
@@ -245,8 +246,6 @@ class GroupPhysics:
         needs = self._needs(work.prefill_tokens, work.prefill_context_tokens, work.decode_seqs, work.kv_tokens)
         return self._power(needs, 1.0, die)
 
-    # -- many at once
-
     def sweep(
         self,
         cap_w: ArrayLike,
@@ -255,7 +254,7 @@ class GroupPhysics:
         prefill_tokens: ArrayLike = 0.0,
         prefill_context_tokens: ArrayLike = 0.0,
     ) -> StepGrid:
-        """`step` for arrays, broadcast against each other: the same formulas, one die of factor 1."""
+        """`step` for arrays, broadcast against each other: the same formulas, on a die of factor 1."""
         cap, seqs, kv, prefill, context = (
             np.array(a, dtype=np.float64)
             for a in np.broadcast_arrays(cap_w, decode_seqs, kv_tokens, prefill_tokens, prefill_context_tokens)
@@ -275,40 +274,3 @@ class GroupPhysics:
         clock = np.where(free, 1.0, low)
         power_w = self._power(needs, clock, 1.0)
         return StepGrid(self._duration(needs, clock), power_w, clock, natural_w, floor_w <= cap)
-
-
-def die_factor(index: int, spread: float = 0.03) -> float:
-    """The factor on dynamic power of die `index`, within 1 ± spread: dies of one type differ (FACTS).
-
-    A golden-ratio sequence: repeatable, and well spread for any number of dies.
-    """
-    return 1.0 + spread * (2.0 * ((index * 0.6180339887498949 + 0.5) % 1.0) - 1.0)
-
-
-#: GridPilot E2 (arXiv 2605.26384), the step of cap at t = 20.0 s from 200 to 280 W on a V100-SXM2: share of the rise in
-#: draw done, against s since the order. The driver lifts the clock in two jumps.
-_RISE_S = (0.105, 0.140, 0.210, 0.277, 0.300, 0.330, 0.450, 0.600)
-_RISE_SHARE = (0.0, 0.46, 0.56, 0.60, 0.77, 0.90, 0.95, 1.0)
-#: The same file's step down near t = 10 s, from 280 to 200 W: the clock falls at once, the draw follows in 30 to 50 ms.
-_FALL_S = 0.04
-
-
-def settled_cap_w(before_w: float, ordered_w: float, since_s: float) -> float:
-    """The cap in effect `since_s` seconds after `ordered_w` was ordered while `before_w` was in effect, W.
-
-    Down is fast (30 ms), up is slow (starts after 0.1 s, nearly there after 0.33 s); fitted to GridPilot's E2.
-    """
-    if since_s <= 0.0:
-        return before_w
-    share = min(since_s / _FALL_S, 1.0) if ordered_w <= before_w else _rise_share(since_s)
-    return before_w + (ordered_w - before_w) * share
-
-
-def _rise_share(since_s: float) -> float:
-    if since_s <= _RISE_S[0]:
-        return 0.0
-    for i in range(1, len(_RISE_S)):
-        if since_s < _RISE_S[i]:
-            along = (since_s - _RISE_S[i - 1]) / (_RISE_S[i] - _RISE_S[i - 1])
-            return _RISE_SHARE[i - 1] + along * (_RISE_SHARE[i] - _RISE_SHARE[i - 1])
-    return 1.0

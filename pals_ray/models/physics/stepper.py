@@ -1,7 +1,7 @@
-"""The physics of one group of GPUs for a hot loop: the same formulas, their clock found by secants in plain floats.
+"""Step cost for the simulator's hot loop: the formulas of `step_cost`, about ten times faster and within 0.1 %.
 
-`GroupPhysics.group_step` bisects each rank's clock. Here only the slowest die and the mean of the others are solved,
-from a guess that the last step left, which is some ten times quicker and within 0.1 % of it.
+`GroupPhysics.group_step` bisects the clock of every rank. This solves only two clocks by secants, that of the slowest
+die and that of the mean of all others, starting from the clocks of the last step.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from math import exp, log
 
 from pals_ray.models.physics.step_cost import GroupPhysics
 
-#: Watts of dynamic power are met to this relative error; as fine as the bisection's.
+#: Relative error of dynamic power at which the search stops; as fine as the bisection in `step_cost`.
 _TOLERANCE = 1e-4
 _SECANTS = 6
 _MOST_TURNS = 20
-#: How dynamic power goes with the clock, to begin with: between memory- and compute-bound work.
+#: First guess of the exponent of dynamic power in the clock, between memory- and compute-bound work.
 _EXPONENT = 2.0
 _LEAST_SLOPE = 0.2
 
 
 class GroupStepper(GroupPhysics):
-    """`GroupPhysics` on dies that are known. Keeps a guess of the clock, so it is not for two users at once.
+    """`GroupPhysics` on known dies. It remembers the last clocks, so each replica needs its own.
 
-    Where draw hardly changes with the clock (B200 under the knee of its fabric) a cap leaves the clock open, and this
-    may find another that draws as much.
+    Where draw hardly changes with the clock (B200 below the knee of its fabric), several clocks draw what the cap
+    allows, and this may find another one than the bisection does.
     """
 
     def __init__(self, physics: GroupPhysics, dies: Sequence[float]) -> None:

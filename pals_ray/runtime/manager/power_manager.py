@@ -26,7 +26,6 @@ from pals_ray.control.manager.slo_accounts import SloAccounts
 from pals_ray.control.messages import AgentReport, Answer, Beat, ParkOrder, Registration
 from pals_ray.errors import InfeasibleBudget
 from pals_ray.gpus.gpu_protocol import permission_help
-from pals_ray.models.lookup import LoadedModel
 from pals_ray.runtime.manager.agent_replacement import AgentReplacer
 from pals_ray.runtime.manager.budget_changes import BudgetChanges
 from pals_ray.runtime.manager.configuration import changed_target, deployment_of, same_ledger
@@ -107,7 +106,8 @@ class GlobalPowerManager:
     async def register(self, registration: Registration, agent: Any) -> Answer:
         """An agent's hello. Raises `InfeasibleBudget` where its node does not fit, `LedgerError` without free GPUs."""
         spec = registration.spec
-        model = await asyncio.to_thread(self._predict, registration)
+        predictors = self._predictors
+        model = await asyncio.to_thread(predictors.of_new, registration) if predictors else None
         try:
             answer, asked = self._core.register(registration, model, time.monotonic())
         except InfeasibleBudget as error:
@@ -120,14 +120,6 @@ class GlobalPowerManager:
             self._handles[spec.replica_id] = agent
             self._state = replace(self._state, node_keys={**self._state.node_keys, spec.node_id: spec.node_key})
         return await self._answer(answer, asked)
-
-    def _predict(self, registration: Registration) -> LoadedModel | None:
-        """What predicts a new replica; None where nothing does. Slow where a profile has to be fitted."""
-        if self._predictors is None or not registration.managed:
-            return None
-        gpu, spec = registration.managed[0].info, registration.spec
-        virtual = gpu.provenance is Provenance.MODELLED
-        return self._predictors.of(spec.model, gpu.product, spec.num_gpus, virtual=virtual)
 
     async def may_start(self, replica_id: str) -> tuple[bool, str]:
         """Whether a registered replica's engine may start, and why not yet."""
@@ -330,7 +322,7 @@ class GlobalPowerManager:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), core.wait_s(time.time()))
             self._changed.clear()
-            if not core.is_configured:
+            if self._config is None:
                 continue
             for act in (self._make_way, self._budget.move, self._divide, self._count, self._look_after_agents):
                 try:

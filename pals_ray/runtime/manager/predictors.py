@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from pals_ray.config.fleet import FleetConfig, ModelConfig
 from pals_ray.config.reader import ConfigError
+from pals_ray.control.messages import Registration
 from pals_ray.errors import PalsError
 from pals_ray.models.lookup import LoadedModel, tabulated
 from pals_ray.models.physics.constants import provenance_of
 from pals_ray.models.physics.roofline import RooflineModel, known_prior
 from pals_ray.models.specs import Parallelism, find_gpu
+from pals_ray.types import Provenance
 
 if TYPE_CHECKING:  # a fit imports scipy, which only a manager with profiles should load
     from pals_ray.models.profile import Profile
@@ -36,6 +38,13 @@ class Predictors:
     def notes(self) -> tuple[str, ...]:
         """Which models nothing predicts, and what would help."""
         return tuple(self._missing.values())
+
+    def of_new(self, registration: Registration) -> LoadedModel | None:
+        """The model of a replica that says hello (None: nothing predicts it). Slow where a profile has to be fitted."""
+        if not registration.managed:
+            return None
+        gpu, spec = registration.managed[0].info, registration.spec
+        return self.of(spec.model, gpu.product, spec.num_gpus, virtual=gpu.provenance is Provenance.MODELLED)
 
     def of(self, model_id: str, product: str, num_gpus: int, *, virtual: bool) -> LoadedModel | None:
         """The model of a replica on `num_gpus` GPUs of this product name; None where there is none (see `notes`)."""

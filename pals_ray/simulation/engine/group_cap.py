@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from pals_ray.models.physics.step_cost import settled_cap_w
+from pals_ray.models.physics.cap_settling import settled_cap_w
 
 #: How finely a settling cap is followed, s: down it is there after 0.04, up after 0.6 (`settled_cap_w`).
 _FALL_EVERY_S, _FALL_S = 0.01, 0.04

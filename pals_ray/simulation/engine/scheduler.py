@@ -8,6 +8,8 @@ its tokens anew. A lower limit drains.
 Between two events decode steps are alike, so a run of them is one jump: no more than `_LONGEST_RUN` (the KV cache
 grows meanwhile, by under 1 % of what it holds), cut short by whatever comes in. A step once begun is never changed but
 for its pace, when the cap in effect moves.
+
+The module is longer than others because its parts share all state, in a loop that runs millions of times in a run.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import yaml
 
 from pals_ray.config.fleet import parse_fleet_config
 from pals_ray.config.policy_path import UnknownPolicy, list_policies, load_policy
-from pals_ray.control.snapshot import FleetSnapshot, ReplicaSnapshot
+from tests.support.builders import fleet_snapshot, replica_snapshot
 
 ROOT = Path(__file__).parents[3]
 SHOWN = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "policies.md").read_text(), re.DOTALL)[1]
@@ -25,17 +25,11 @@ def outside(tmp_path, monkeypatch):
     sys.modules.pop("my_policy", None)
 
 
-def replica(name, model, gpus):
-    return ReplicaSnapshot(
-        name, model, "n", None, gpus, 4, 100, 400, 100 * gpus, 400 * gpus, 100 * gpus, 100 * gpus, max_batch=32
-    )
-
-
 def test_the_policy_that_the_docs_show_is_loaded_from_outside_and_divides(outside):
     content = yaml.safe_load((ROOT / "deployments" / "examples" / "tiny.yaml").read_text())
     policy = load_policy(parse_fleet_config(content | {"policy": "my_policy:allocate"}, "fleet.yaml").policy)
-    replicas = (replica("d", "tiny-dense", 1), replica("m", "tiny-moe", 2))
-    shares = policy(FleetSnapshot(0.0, 900.0, replicas, parked_charge_w={None: 100.0}), {})
+    replicas = (replica_snapshot("d", model="tiny-dense"), replica_snapshot("m", gpus=2, model="tiny-moe"))
+    shares = policy(fleet_snapshot(900.0, *replicas, parked_charge_w={None: 100.0}), {})
     assert shares["m"].charge_w == 600
     assert shares["m"].reason == "600 W: 75% is for tiny-moe"
     assert shares["d"].charge_w == pytest.approx(800 / 3, abs=1)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pals_ray.bench.served_fleet import default_fleet
-from pals_ray.cli.validate_simulation import cells
+from pals_ray.bench.validate_simulation import cells
 from pals_ray.config.fleet import parse_fleet_config
 from pals_ray.control.telemetry import Reading, between
 from pals_ray.evaluation.side_by_side import (

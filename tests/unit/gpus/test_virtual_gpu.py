@@ -22,7 +22,7 @@ from pals_ray.gpus.gpu_protocol import (
 )
 from pals_ray.gpus.virtual import NoFreeGpuError, VirtualDriver, VirtualGpu, effective_caps_w
 from pals_ray.gpus.virtual_block import gpu_block_path, lock_path
-from pals_ray.models.physics.step_cost import settled_cap_w
+from pals_ray.models.physics.cap_settling import settled_cap_w
 from pals_ray.models.specs import GPUS, UnknownSpecError
 from pals_ray.processes import identify
 from pals_ray.types import Provenance

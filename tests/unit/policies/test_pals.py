@@ -207,9 +207,9 @@ def test_a_violation_is_a_queue_under_the_target_or_a_late_percentile():
      ([1.0, 1.0], [1.005, 1.2], True), ([0.0], [0.1], True)],
 )  # fmt: skip
 def test_the_first_class_that_differs_by_more_than_one_percent_decides(present, new, adopts):
-    assert adoption(None, [], present, new).adopt is adopts
+    assert adoption(None, [], present, new)[0] is adopts
 
 
 def test_what_is_forced_or_repairs_a_violation_is_adopted_at_any_gain():
-    assert adoption("forced: a death", [], [1.0], [0.5]).adopt
-    assert adoption(None, ["r1"], [1.0], [0.99]).adopt
+    assert adoption("forced: a death", [], [1.0], [0.5])[0]
+    assert adoption(None, ["r1"], [1.0], [0.99])[0]

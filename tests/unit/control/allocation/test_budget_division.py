@@ -82,7 +82,7 @@ def test_the_dual_bound_holds_at_any_prices(problem, seed):
     price = np.random.default_rng(seed).exponential(0.1, len(tree.parent))
     for v in range(1, len(price)):
         price[v] = max(price[v], price[tree.parent[v]])
-    for prices in (price, find_prices(menus, tree).node):
+    for prices in (price, find_prices(menus, tree)[0]):
         assert dual_bound(surplus(menus, tree, prices), tree, prices) >= best_by_trying_all(menus, tree) - 1e-9
 
 

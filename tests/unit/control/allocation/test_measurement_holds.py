@@ -3,32 +3,15 @@
 import pytest
 
 from pals_ray.control.allocation.measurement_holds import HOLD_LEASE_S, Hold, HoldRefused, MeasurementHolds
-from pals_ray.control.snapshot import Domain, FleetSnapshot, ReplicaSnapshot, Share
+from pals_ray.control.snapshot import Domain, Share
 from pals_ray.types import OperatingPoint
 from policies import uniform
-
-
-def replica(name, gpus=1, domain=None):
-    return ReplicaSnapshot(
-        replica_id=name,
-        model="m",
-        node_id="n",
-        domain=domain,
-        num_gpus=gpus,
-        node_gpus=8,
-        min_limit_w=100,
-        max_limit_w=400,
-        least_charge_w=100 * gpus,
-        most_charge_w=400 * gpus,
-        grant_w=100 * gpus,
-        charge_w=100 * gpus,
-        max_batch=32,
-    )
+from tests.support.builders import fleet_snapshot, replica_snapshot
 
 
 def fleet(now_s=0.0, budget_w=1000.0, replicas=("a", "b", "c"), **more):
-    rows = tuple(replica(name) if isinstance(name, str) else name for name in replicas)
-    return FleetSnapshot(now_s, budget_w, rows, parked_charge_w={None: 100.0}, **more)
+    rows = tuple(replica_snapshot(name) if isinstance(name, str) else name for name in replicas)
+    return fleet_snapshot(budget_w, *rows, now_s=now_s, parked_charge_w={None: 100.0}, **more)
 
 
 def hold(cap_w=300.0, batch=4, owner="me", until_s=HOLD_LEASE_S):
@@ -69,7 +52,7 @@ def test_a_cap_that_the_budget_does_not_allow_is_refused_with_the_watts_needed()
 
 
 def test_a_domain_limits_what_can_be_held_in_it():
-    rows = (replica("a", domain="rack"), replica("b", domain="rack"), replica("c"))
+    rows = (replica_snapshot("a", domain="rack"), replica_snapshot("b", domain="rack"), replica_snapshot("c"))
     snapshot = fleet(budget_w=2000, replicas=rows, domains=(Domain("rack", 450.0),))
     assert MeasurementHolds().room_w(snapshot, "a") == (350, "rack")
     with pytest.raises(HoldRefused, match="rack leaves it 350 W"):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pals_ray.control.allocation.replica_menu import HEADROOM, replica_menu
-from pals_ray.control.replica.batch_choice import best_batch
+from pals_ray.control.replica.batch_choice import best_batch, served_share
 from pals_ray.control.replica.demand_feedback import demand_with_queue_tokens_per_s
 from pals_ray.control.replica.prediction import latency_score, predict_range
 from pals_ray.control.snapshot import Overhead, TailFactors
@@ -126,7 +126,8 @@ def test_a_target_below_the_demand_is_enough(on):
 
 
 def test_a_latency_limit_makes_no_batch_so_small_that_requests_would_wait(on):
-    _, _, chosen = best_batch(on, 200, 200, latency_score(Target(itl_p99_s=0.15), on))
+    share = served_share(on, 200, latency_score(Target(itl_p99_s=0.15), on))
+    chosen = best_batch(on, 200, 200, share)
     enough = on.capacity_tokens_per_s.max(axis=1) >= 200
     assert enough.any()
     assert (on.capacity_tokens_per_s[np.flatnonzero(enough), chosen[enough]] >= 200).all()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from pals_ray.control.allocation.replica_parking import ReplicaParking, to_park
-from pals_ray.control.snapshot import Domain, FleetSnapshot, ReplicaSnapshot, Share
-from pals_ray.models.power_model import Prediction
+from pals_ray.control.snapshot import Domain, Share
 from pals_ray.types import Target
 from policies import pals
+from tests.support.builders import exact_prediction, fleet_snapshot, replica_snapshot
 
 
 @dataclass(frozen=True)
@@ -18,25 +18,19 @@ class Slow:
 
     def predict(self, cap_w, batch):
         cap_w, batch = np.broadcast_arrays(np.asarray(cap_w, float), np.asarray(batch, float))
-        itl_s, zero = 10 / cap_w, np.zeros_like(cap_w)
-        ttft_s = 20 / cap_w
-        everywhere = np.ones(cap_w.shape, bool)
-        return Prediction(batch / itl_s, cap_w, itl_s, itl_s, ttft_s, ttft_s, zero, zero, everywhere)
+        itl_s = 10 / cap_w
+        return exact_prediction(batch / itl_s, cap_w, itl_s, 20 / cap_w)
 
 
 def replica(name, model="chat", priority=0, demand=50.0, domain=None):
     """Its TTFT limit of 0.1 s takes 200 W: that is its least grant while it has demand."""
     target = Target(ttft_p99_s=0.1, priority=priority)
-    return ReplicaSnapshot(
-        *(name, model, "n", domain, 1, 8, 100.0, 400.0, 100.0, 400.0, 100.0, 100.0, 32),
-        target=target,
-        demand_tokens_per_s=demand,
-    )
+    return replica_snapshot(name, demand=demand, model=model, domain=domain, max_batch=32, target=target)
 
 
 def park(budget_w, *rows, now=frozenset(), domains=()):
     models = {row.model: Slow() for row in rows}
-    return set(to_park(FleetSnapshot(0.0, budget_w, rows, domains), models, frozenset(now)))
+    return set(to_park(fleet_snapshot(budget_w, *rows, domains=domains), models, frozenset(now)))
 
 
 ROWS = (
@@ -74,7 +68,7 @@ def test_a_domain_that_is_short_parks_its_own_replicas_only():
 
 
 def test_a_parked_replica_gets_its_least_charge_one_sequence_and_the_lowest_cap():
-    snapshot = FleetSnapshot(0.0, 790.0, ROWS)
+    snapshot = fleet_snapshot(790.0, *ROWS)
     shares = ReplicaParking(pals.allocate)(snapshot, {"chat": Slow(), "batch": Slow()})
     assert shares["b2"] == Share(100.0, shares["b2"].reason, 100.0, 1, True)
     assert "parked" in shares["b2"].reason

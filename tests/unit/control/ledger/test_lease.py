@@ -8,20 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.ledger.lease import LeaseState, Outcome, accept, ceiling_w, fence, tick
 from pals_ray.control.snapshot import Overhead
-from pals_ray.types import Grant
+from tests.support.builders import charge_terms, grant
 
-TERMS = ChargeTerms(Overhead(40.0, 0.05), node_gpus=4, min_limit_w=100.0, max_limit_w=400.0, floors_w=(0.0, 0.0))
-
-
-def grant(epoch: int, seq: int, charge_w: float = 500.0, lease_s: float = 5.0, pin_cap_w: float | None = None) -> Grant:
-    return Grant("r", epoch, seq, charge_w, lease_s, "because", pin_cap_w=pin_cap_w)
+TERMS = charge_terms(gpus=2, node_gpus=4, overhead=Overhead(40.0, 0.05))
 
 
 def held(now_s: float = 100.0) -> LeaseState:
-    return accept(LeaseState(), grant(2, 7), now_s)[0]
+    return accept(LeaseState(), grant(2, 7, 500.0), now_s)[0]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +82,7 @@ def test_a_grant_that_is_none_is_ignored(bad) -> None:
 
 
 def test_a_grant_for_another_replica_is_ignored() -> None:
-    other = Grant("other", 9, 9, 100.0, 5.0, "because")
+    other = grant(9, 9, 100.0, replica_id="other")
     assert accept(held(), other, 101.0)[1] is Outcome.IGNORE
 
 
@@ -123,7 +118,7 @@ def test_no_late_or_repeated_message_ever_raises_a_cap(messages) -> None:
     share=st.floats(0, 1),
 )
 def test_a_cap_costs_no_more_than_its_charge_and_no_larger_one_would_do(a_w, b, floors_w, spare, share) -> None:
-    terms = ChargeTerms(Overhead(a_w, b), len(floors_w) + spare, 100.0, 400.0, tuple(floors_w))
+    terms = charge_terms(node_gpus=len(floors_w) + spare, overhead=Overhead(a_w, b), floors_w=tuple(floors_w))
     charge_w = terms.least_charge_w + share * (terms.most_charge_w - terms.least_charge_w)
     cap_w = terms.cap_w(charge_w)
     assert 100.0 <= cap_w <= 400.0

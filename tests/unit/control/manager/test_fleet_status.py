@@ -57,7 +57,7 @@ def _ledger(overhead=None, **config):
 
 
 def _report(ledger, session, number, limit_w, **more):
-    reply_seq = ledger._accounts.replicas["m#1"].grant.seq
+    reply_seq = ledger._reservations.replicas["m#1"].grant.seq
     return AgentReport("m#1", session, number, 4, (4, reply_seq), dict.fromkeys(UUIDS[:2], float(limit_w)), **more)
 
 

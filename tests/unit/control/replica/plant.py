@@ -15,9 +15,9 @@ from pals_ray.control.snapshot import Overhead
 from pals_ray.control.telemetry import Reading, TelemetryWindow
 from pals_ray.models.physics.roofline import RooflineModel, Workload
 from pals_ray.models.physics.step_cost import GroupPhysics, StepWork
-from pals_ray.models.power_model import Prediction
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
 from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry, Target
+from tests.support.builders import exact_prediction
 
 BEAT_S = 0.5
 STEP_TOKENS = 8192
@@ -150,18 +150,7 @@ class Decode:
         draw_w = 80 + 4 * batch
         slowed = np.sqrt(np.minimum(cap_w / draw_w, 1.0))
         capacity = 10 * batch / (1 + batch / 32) * slowed * np.where(batch > self.falls_from, 0.7, 1.0)
-        itl_s, zero = batch / capacity, np.zeros_like(cap_w)
-        return Prediction(
-            capacity,
-            np.minimum(cap_w, draw_w),
-            itl_s,
-            itl_s,
-            20 / cap_w,
-            20 / cap_w,
-            zero,
-            zero,
-            np.ones(cap_w.shape, bool),
-        )
+        return exact_prediction(capacity, np.minimum(cap_w, draw_w), batch / capacity, 20 / cap_w)
 
 
 @dataclass

@@ -9,12 +9,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.batch_choice import graph_sizes
 from pals_ray.control.replica.controller_state import ControllerState, Decision, Situation
 from pals_ray.control.replica.operating_point import decide
 from pals_ray.control.snapshot import Overhead
 from pals_ray.types import Latency, ReplicaTelemetry, Target
+from tests.support.builders import charge_terms
 
 from .plant import Decode
 
@@ -109,7 +109,7 @@ class Controlled(RuleBasedStateMachine):
             now_s=self.now_s,
             ceiling_w=self.ceiling_w,
             in_force_w=self.in_force_w,
-            terms=ChargeTerms(Overhead(50.0, 0.1), 8, LOW_W, HIGH_W, (0.0,)),
+            terms=charge_terms(overhead=Overhead(50.0, 0.1), min_limit_w=LOW_W, max_limit_w=HIGH_W),
             max_batch=MAX_BATCH,
             target=self.target,
             telemetry=self.telemetry,

@@ -7,18 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.batch_choice import graph_sizes, snap
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
 from pals_ray.control.replica.operating_point import decide
-from pals_ray.control.replica.throughput_feedback import Gains, PidState, correct
+from pals_ray.control.replica.throughput_feedback import Gains, PidState, pid_step
 from pals_ray.control.slo import late_count
-from pals_ray.control.snapshot import Overhead
 from pals_ray.types import Latency, OperatingPoint, ReplicaTelemetry, Target
+from tests.support.builders import charge_terms
 
 from .plant import Decode, make_loop
 
-TERMS = ChargeTerms(Overhead(), 8, 100.0, 400.0, (0.0,))
+TERMS = charge_terms()
 
 
 def situation(**changes):
@@ -60,7 +59,7 @@ def caps(decisions):
 def test_without_a_model_it_takes_all_that_the_grant_allows():
     decision = decide(ControllerState(), situation(model=None, ceiling_w=313.0))
     assert decision.point == OperatingPoint(313.0, 64)
-    assert decision.expected is None
+    assert decision.state.expected is None
     assert "no model" in decision.reason
 
 
@@ -88,7 +87,7 @@ def test_a_ceiling_below_the_cap_is_obeyed_at_once_whatever_dwell_says_and_the_b
 
 
 def test_after_a_cut_the_cap_comes_back_only_when_the_batch_has_drained():
-    state = at(150.0, 16, shed_s=98.0, demand_tokens_per_s=200.0)
+    state = at(150.0, 16, ceiling_cut_s=98.0, demand_tokens_per_s=200.0)
     still = decide(state, situation(telemetry=serving(running=40, throughput=200.0, power_w=150.0)))
     assert still.point.cap_w == 150.0
     assert "drained" in still.reason
@@ -138,7 +137,7 @@ def test_the_batch_limit_is_lowered_for_the_inter_token_latency_and_not_for_watt
     assert decide(ControllerState(), situation(telemetry=busy)).point.batch_limit == 64
     limited = decide(ControllerState(), situation(telemetry=busy, target=Target(itl_p99_s=0.25)))
     assert limited.point.batch_limit < 64
-    assert limited.expected.itl_p99_s <= 0.25
+    assert limited.state.expected.itl_p99_s <= 0.25
 
 
 def test_an_overload_is_let_in_whole_where_those_kept_out_would_miss_the_ttft():
@@ -170,12 +169,11 @@ def test_a_full_kv_cache_lowers_the_batch_limit_and_room_gives_it_back():
     assert limits == sorted(limits)
 
 
-def test_every_decision_says_what_the_last_one_expected_and_what_came_of_it():
+def test_a_decision_remembers_what_it_expects_until_the_next_one():
     first = decide(ControllerState(), situation(telemetry=serving(10, 0, 90.0)))
+    assert first.state.expected.demand_tokens_per_s == pytest.approx(90.0, rel=0.1)
     second = decide(first.state, situation(now_s=100.5, telemetry=serving(12, 0, 95.0, power_w=130.0)))
-    assert second.outcome.expected == first.expected
-    assert second.outcome.throughput_tokens_per_s == 95.0
-    assert second.outcome.node_w == 130.0
+    assert second.state.expected is not first.state.expected
 
 
 def test_a_decision_asks_the_model_twice_at_most_and_for_few_points():
@@ -324,15 +322,15 @@ def test_a_cap_sized_for_decode_does_not_wreck_ttft():
 
 def test_under_a_ttft_limit_places_are_kept_free():
     busy = serving(running=58, throughput=190.0)
-    state = at(250.0, demand_tokens_per_s=190.0, made_tokens_per_s=190.0)
+    state = at(250.0, demand_tokens_per_s=190.0, modelled_tokens_per_s=190.0)
     free = decide(state, situation(telemetry=busy, target=Target(itl_p99_s=10.0)))
     kept = decide(state, situation(telemetry=busy, target=Target(itl_p99_s=10.0, ttft_p99_s=5.0)))
     assert kept.point.cap_w > free.point.cap_w
-    assert kept.expected.running < free.expected.running
+    assert kept.state.expected.running < free.state.expected.running
 
 
 def test_between_sparse_requests_the_cap_waits_for_the_next_prompt_and_in_silence_it_rests():
-    state = at(200.0, demand_tokens_per_s=50.0, rush_tokens_per_s=50.0)
+    state = at(200.0, demand_tokens_per_s=50.0, fast_demand_tokens_per_s=50.0)
     found = []
     for beat in range(400):
         decision = decide(state, situation(now_s=100 + beat / 2, target=Target(ttft_p99_s=0.15)))
@@ -368,7 +366,7 @@ def test_an_itl_that_is_measured_within_its_limit_does_not_lower_the_batch_whate
     # The model says 0.24 s at the full batch; 0.19 s were measured, and requests wait.
     seen = serving(running=48, waiting=20, throughput=200.0, itl=Latency(0.15, 0.17, 0.17), ttft=Latency(1.0, 3.0))
     target = Target(itl_p99_s=0.2)
-    state = at(250.0, batch_limit=48, batch_changed_s=0.0, demand_tokens_per_s=200.0, rush_tokens_per_s=200.0)
+    state = at(250.0, batch_limit=48, batch_changed_s=0.0, demand_tokens_per_s=200.0, fast_demand_tokens_per_s=200.0)
     kept = decide(state, situation(target=target, telemetry=seen, ceiling_w=250.0)).point.batch_limit
     late = replace(seen, itl=Latency(0.2, 0.25, 0.25))
     cut = decide(state, situation(target=target, telemetry=late, ceiling_w=250.0)).point.batch_limit
@@ -377,10 +375,10 @@ def test_an_itl_that_is_measured_within_its_limit_does_not_lower_the_batch_whate
 
 
 def test_a_burst_on_a_resting_replica_is_served_at_full_speed_before_its_demand_is_known():
-    state = at(100.0, rush_tokens_per_s=20.0, demand_tokens_per_s=20.0, cap_changed_s=90.0)
+    state = at(100.0, fast_demand_tokens_per_s=20.0, demand_tokens_per_s=20.0, cap_changed_s=90.0)
     burst = serving(running=40, throughput=0.0, power_w=100.0)
     decision = decide(state, situation(telemetry=burst))
-    assert decision.expected.wanted_tokens_per_s == pytest.approx(10 * 40 / (1 + 40 / 32) / 1.05, rel=0.02)
+    assert decision.state.expected.wanted_tokens_per_s == pytest.approx(10 * 40 / (1 + 40 / 32) / 1.05, rel=0.02)
     assert decision.point.cap_w > 150.0
 
 
@@ -405,11 +403,11 @@ def test_an_error_counts_only_beyond_the_dead_band_and_once_it_has_persisted():
     gains, state = Gains(), PidState()
     free = {"at_most": False, "at_least": False, "spare": False}
     for beat in range(20):
-        state, factor = correct(state, 0.009, beat / 2, 0.5, gains, **free)
+        state, factor = pid_step(state, 0.009, beat / 2, 0.5, gains, **free)
         assert factor == 1.0
     factors = []
     for beat in range(20, 28):
-        state, factor = correct(state, 0.1, beat / 2, 0.5, gains, **free)
+        state, factor = pid_step(state, 0.1, beat / 2, 0.5, gains, **free)
         factors.append(factor)
     assert factors[:3] == [1.0, 1.0, 1.0]
     assert factors[3:] == sorted(factors[3:])
@@ -421,13 +419,13 @@ def test_the_factor_stays_within_a_half_and_two_and_unwinds_with_capacity_to_spa
     for error, end in ((0.9, 2.0), (-3.0, 0.5)):
         state = PidState()
         for beat in range(200):
-            state, factor = correct(state, error, beat / 2, 0.5, gains, at_most=False, at_least=False, spare=False)
+            state, factor = pid_step(state, error, beat / 2, 0.5, gains, at_most=False, at_least=False, spare=False)
             assert 0.5 <= factor <= 2.0
         assert factor == pytest.approx(end)
-        held, _ = correct(state, None, 100.0, 0.5, gains, at_most=False, at_least=False, spare=False)
+        held, _ = pid_step(state, None, 100.0, 0.5, gains, at_most=False, at_least=False, spare=False)
         assert held.integral == state.integral
         for beat in range(1200):
-            state, factor = correct(state, None, 100 + beat / 2, 0.5, gains, at_most=False, at_least=False, spare=True)
+            state, factor = pid_step(state, None, 100 + beat / 2, 0.5, gains, at_most=False, at_least=False, spare=True)
         assert factor == pytest.approx(1.0, abs=0.01)
 
 
@@ -435,8 +433,8 @@ def test_the_factor_stays_within_a_half_and_two_and_unwinds_with_capacity_to_spa
 def test_an_actuator_at_its_end_stops_the_integral_that_way_only(error):
     gains, state = Gains(), PidState()
     for beat in range(40):
-        state, _ = correct(state, error, beat / 2, 0.5, gains, at_most=error > 0, at_least=error < 0, spare=False)
+        state, _ = pid_step(state, error, beat / 2, 0.5, gains, at_most=error > 0, at_least=error < 0, spare=False)
     assert state.integral == 0.0
     for beat in range(40, 80):
-        state, _ = correct(state, -error, beat / 2, 0.5, gains, at_most=error > 0, at_least=error < 0, spare=False)
+        state, _ = pid_step(state, -error, beat / 2, 0.5, gains, at_most=error > 0, at_least=error < 0, spare=False)
     assert state.integral * error < 0

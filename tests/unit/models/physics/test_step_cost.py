@@ -1,4 +1,4 @@
-"""The silicon's physics: steps, draw, caps, settling."""
+"""How long a step takes and what it draws, with and without a cap."""
 
 import numpy as np
 import pytest
@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 from pals_ray.models.physics.step_cost import (
     GroupPhysics,
     StepWork,
-    die_factor,
     distinct_expert_share,
     mean_prefill_context,
-    settled_cap_w,
 )
 from pals_ray.models.specs import GPUS, MODELS, Parallelism, find_gpu, find_model
 
@@ -126,28 +124,6 @@ def test_mean_context_of_chunks_counts_what_was_computed_before():
     assert mean_prefill_context([(100, 0)]) == 50
     assert mean_prefill_context([(100, 0), (100, 400)]) == (50 + 450) / 2
     assert mean_prefill_context([]) == 0
-
-
-def test_dies_differ_by_a_few_percent_and_always_alike():
-    factors = [die_factor(i) for i in range(64)]
-    assert factors == [die_factor(i) for i in range(64)]
-    assert 0.97 <= min(factors) < 0.98
-    assert 1.02 < max(factors) <= 1.03
-
-
-@given(st.floats(100, 700), st.floats(100, 700), st.floats(0, 2), st.floats(0, 1))
-def test_a_cap_settles_monotonically_between_old_and_new(before_w, ordered_w, since_s, later_s):
-    low, high = sorted((before_w, ordered_w))
-    early, late = (settled_cap_w(before_w, ordered_w, t) for t in (since_s, since_s + later_s))
-    assert low - 1e-9 <= early <= high + 1e-9
-    assert abs(late - ordered_w) <= abs(early - ordered_w) + 1e-9
-    assert settled_cap_w(before_w, ordered_w, 5.0) == pytest.approx(ordered_w)
-
-
-def test_down_is_fast_and_up_is_slow():
-    assert settled_cap_w(300, 200, 0.05) == pytest.approx(200)
-    assert settled_cap_w(200, 300, 0.10) == pytest.approx(200)
-    assert settled_cap_w(200, 300, 0.33) >= 289
 
 
 def test_sweeps_broadcast_their_arguments():

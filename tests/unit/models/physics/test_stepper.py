@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pals_ray.models.grid import GridModel
+from pals_ray.models.physics.die_spread import die_factor
 from pals_ray.models.physics.roofline import RooflineModel
-from pals_ray.models.physics.step_cost import GroupPhysics, StepWork, die_factor
+from pals_ray.models.physics.step_cost import GroupPhysics, StepWork
 from pals_ray.models.physics.stepper import GroupStepper
 from pals_ray.models.specs import GPUS, Parallelism, find_gpu, find_model
 

@@ -20,34 +20,36 @@ from pals_ray.simulation.traces import Trace
 from pals_ray.types import OperatingPoint, Target
 from policies import uniform
 
-#: Measured are these shares of the device's range of caps, at these shares of the start batch.
+#: The points: these shares of the device's range of caps, each at these shares of the start batch.
 CAP_SHARES = (0.1, 0.25, 0.4, 0.6, 1.0)
 BATCH_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
-#: Each for so long, after so long to fill, s; a seed that no scenario offers its load with.
+#: How long each point runs, and how much of that is left out while the engine fills, s. No scenario uses this seed.
 POINT_S, FILL_S = 180.0, 60.0
 _SEED = 7_000_000
 
 
 def roofline(model: SimModel) -> RooflineModel:
-    """The roofline of a model as its engine starts: the truth but for queueing, dies and the spread of lengths."""
+    """The roofline of a model at its engine's start values: true but for queueing, dies and the spread of lengths."""
     return RooflineModel(model.physics, model.workload, step_tokens=model.step_tokens)
 
 
+def full_tokens_per_s(model: SimModel, point: OperatingPoint) -> float:
+    """Output tokens/s of one replica with a full batch at a point, by the roofline."""
+    return float(roofline(model).predict(point.cap_w, point.batch_limit).throughput_tokens_per_s)
+
+
 def prompt_share(model: SimModel, point: OperatingPoint) -> float:
-    """How much of a full engine's time goes to prompts, as the roofline has it: what half as long ones would save."""
+    """Share of a full engine's time that prompts take, by the roofline: twice what half as long ones would save."""
     work = model.workload
     shorter = replace(model, workload=replace(work, prompt_tokens=work.prompt_tokens / 2.0))
-    whole, half = (
-        float(roofline(asked).predict(point.cap_w, point.batch_limit).throughput_tokens_per_s)
-        for asked in (model, shorter)
-    )
+    whole, half = full_tokens_per_s(model, point), full_tokens_per_s(shorter, point)
     return min(max(2.0 * (1.0 - whole / half), 0.0), 1.0)
 
 
 def profiled(model: SimModel, lengths: Trace) -> PowerModel:
-    """Measure one replica at fixed points under requests that never run out, with lengths as they will come, and fit.
+    """Measure one replica at fixed points under requests that never run out, of the lengths to come, and fit.
 
-    Not measured is TTFT, which under such a load is a wait in the queue: that is the roofline's.
+    TTFT is taken from the roofline: under such a load it would be the wait in the queue.
     """
     gpu = find_gpu(model.gpu)
     span_w = gpu.max_limit_w - gpu.min_limit_w
@@ -75,10 +77,8 @@ def _measured(model: SimModel, lengths: Trace, point: OperatingPoint) -> tuple[f
     gpus = model.parallelism.num_gpus
     alone = replace(model, fixed=point, target=Target())
     node = SimNode("profile", model.gpu, gpus, (model.name,))
-    expected = roofline(model).predict(point.cap_w, point.batch_limit)
-    offered = requests_for(
-        LoadSpec(ramp_s=0.0), "poisson", lengths, SATURATION * float(expected.throughput_tokens_per_s), POINT_S, _SEED
-    )
+    rate = SATURATION * full_tokens_per_s(model, point)
+    offered = requests_for(LoadSpec(ramp_s=0.0), "poisson", lengths, rate, POINT_S, _SEED)
     budget = ConstantBudget(gpus * find_gpu(model.gpu).max_limit_w)
     setting = SimSetting(SimFleet((node,), (alone,)), budget, uniform.allocate, POINT_S)
     result = simulate(setting, {model.name: offered})

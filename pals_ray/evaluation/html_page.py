@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pals_ray.config.scenario import Scenario
-from pals_ray.evaluation.tables import case_rows, shown
+from pals_ray.evaluation.policy_tables import case_rows, policy_rows
 
 Json = dict[str, Any]
 
@@ -32,7 +32,7 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def setup_lines(scenario: Scenario, trace: str) -> list[str]:
-    """What was run, in sentences; the same in the page and in the docs."""
+    """What was run, in sentences."""
     overhead, limits = scenario.overhead, scenario.limits
     return [
         f"Requests: {trace}; arrivals: {scenario.trace.arrivals}; {scenario.duration_s:g} s simulated.",
@@ -45,7 +45,7 @@ def setup_lines(scenario: Scenario, trace: str) -> list[str]:
 
 
 def html_report(scenario: Scenario, trace: str, summary: Json, pictures: Sequence[tuple[str, Path]]) -> str:
-    """The page; pictures (title, PNG) are inside it."""
+    """The page, with the pictures (title, PNG) inside it."""
     head, rows = case_rows(summary["cases"])
     parts = [
         f"<h1>{escape(scenario.name)}</h1>",
@@ -53,7 +53,7 @@ def html_report(scenario: Scenario, trace: str, summary: Json, pictures: Sequenc
         *(f"<p class=note>{escape(line)}</p>" for line in setup_lines(scenario, trace)),
         "<h2>Policies</h2>",
         "<p class=note>Means over cases (saturated ones apart); the worst case for budgets and settling.</p>",
-        html_table(["", *summary["policies"]], [[title, *cells] for title, cells in shown(summary["policies"])]),
+        html_table(["", *summary["policies"]], policy_rows(summary["policies"])),
     ]
     for title, picture in pictures:
         data = base64.b64encode(picture.read_bytes()).decode()

@@ -1,0 +1,129 @@
+"""A simulated scenario as tables: one layout for terminal, CSV, HTML and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from pals_ray.plots.tables import percent, table
+
+Json = dict[str, Any]
+
+
+def gain(value: float | None) -> str:
+    """A gain in percent, with its sign."""
+    return percent(value, "+z.1f")
+
+
+def gain_with_width(found: Json) -> str:
+    """A mean gain, and half its confidence interval where there is one."""
+    width = found["half_width"]
+    return gain(found["mean"]) + ("" if width is None else f" ± {100 * width:.1f}")
+
+
+def _seconds(value: float) -> str:
+    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s"
+
+
+#: A figure of every policy: its name in a summary, its title, and how it is written.
+ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("tokens_per_joule", "tokens/J, node", "{:.3f}".format),
+    ("tokens_per_joule_gpu", "tokens/J, GPU", "{:.3f}".format),
+    ("gain_over_static", "gain over static, node", gain),
+    ("gain_over_static_gpu", "gain over static, GPU", gain),
+    ("gain_over_static_counted", "counted gain, node", gain),
+    ("gain_over_static_gpu_counted", "counted gain, GPU", gain),
+    ("share_of_oracle_gain", "counted gain / oracle's", percent),
+    ("violation_rate", "violations", percent),
+    ("tokens_per_s", "tokens/s", "{:.0f}".format),
+    ("goodput_tokens_per_s", "goodput, tokens/s", "{:.0f}".format),
+    ("goodput_tokens_per_joule", "goodput, tokens/J, node", "{:.3f}".format),
+    ("ttft_p50_s", "TTFT p50", _seconds),
+    ("ttft_p99_s", "TTFT p99", _seconds),
+    ("itl_p50_s", "ITL p50", _seconds),
+    ("itl_p99_s", "ITL p99", _seconds),
+    ("tracking_error", "relative tracking error", percent),
+    ("aqa_error", "AQA error", "{:.3f}".format),
+    ("pjm_score", "PJM score", "{:.3f}".format),
+    ("precision", "precision", "{:.3f}".format),
+    ("over_budget_s", "drawn over budget, worst case", "{:.1f} s".format),
+    ("over_budget_max_w", "over budget by, worst", "{:.0f} W".format),
+    ("settle_s", "settling after a cut, longest", "{:.2f} s".format),
+    ("settle_over_w", "over during it, most", "{:.0f} W".format),
+    ("stranded_w", "stranded", "{:.0f} W".format),
+    ("binding_share", "caps bind", percent),
+    ("decisions_per_min", "decisions/min, replica", "{:.1f}".format),
+    ("cap_changes_per_min", "cap changes/min, replica", "{:.1f}".format),
+)
+
+
+def policy_rows(policies: Json) -> list[tuple[str, ...]]:
+    """(title, a cell for each policy) of every figure that any policy has."""
+    out = []
+    for key, title, write in ROWS:
+        values = [entry.get(key) for entry in policies.values()]
+        if any(value is not None for value in values):
+            out.append((title, *("-" if value is None else write(value) for value in values)))
+    for key, title in (("violations_by_model", "violations of"), ("violations_by_priority", "violations, priority")):
+        names = dict.fromkeys(name for entry in policies.values() for name in entry.get(key, {}))
+        if len(names) > 1:
+            for name in names:
+                out.append((f"{title} {name}", *(percent(e.get(key, {}).get(name)) for e in policies.values())))
+    return out
+
+
+def terminal_table(summary: Json, title: str) -> Table:
+    """Figures down, policies across."""
+    policies = summary["policies"]
+    rows = policy_rows(policies)
+    return table(["", *policies], rows, left=("",), box=SIMPLE, title=title, title_justify="left", pad_edge=False)
+
+
+CASE_COLUMNS = ("case", "fleet", "gpu", "kind", "load", "budget", "budget_share")
+
+
+def cases_csv(cases: Sequence[Json]) -> str:
+    """Every figure of every case and policy, a row each; SI units and fractions."""
+    keys = list(cases[0]["policies"]["static"]["figures"])
+    text = io.StringIO()
+    writer = csv.writer(text)
+    gains = ("gain_over_static", "gain_over_static_gpu")
+    writer.writerow([*CASE_COLUMNS, "policy", *gains, "share_of_oracle_gain", "counts", *keys])
+    for case in cases:
+        for name, entry in case["policies"].items():
+            writer.writerow(
+                [
+                    *(case[column] for column in CASE_COLUMNS),
+                    name,
+                    *(entry[key]["mean"] for key in gains),
+                    entry["share_of_oracle_gain"],
+                    entry["counts"],
+                    *(entry["figures"][key] for key in keys),
+                ]
+            )
+    return text.getvalue()
+
+
+def case_rows(cases: Sequence[Json]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table with a case each: load and limits, then gain and violations of every policy."""
+    names = list(dict.fromkeys(name for case in cases for name in case["policies"] if name != "static"))
+    head = ["case", "static tokens/J", "static violations", *(f"{name}: gain node / GPU, violations" for name in names)]
+    rows = []
+    for case in cases:
+        static = case["policies"]["static"]["figures"]
+        cells = [case["case"], f"{static['tokens_per_joule']:.3f}", percent(static["violation_rate"])]
+        rows.append([*cells, *(_case_cell(case["policies"].get(name)) for name in names)])
+    return head, rows
+
+
+def _case_cell(entry: Json | None) -> str:
+    if entry is None:
+        return "-"
+    gains = f"{gain_with_width(entry['gain_over_static'])} / {gain(entry['gain_over_static_gpu']['mean'])}"
+    mark = "" if entry["counts"] else " (does not count)"
+    return f"{gains}, {percent(entry['figures']['violation_rate'])}{mark}"
