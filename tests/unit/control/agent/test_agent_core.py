@@ -14,15 +14,14 @@ from pals_ray.control.agent.commands import (
     SetGroupCap,
     SetLimits,
 )
-from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.messages import Answer, NodeGpu, ParkOrder, Reply
 from pals_ray.control.replica.replica_controller import ReplicaController
-from pals_ray.control.snapshot import Overhead
-from pals_ray.types import GpuInfo, Grant, Provenance, Target
+from pals_ray.types import GpuInfo, Provenance, Target
+from tests.support.builders import charge_terms, grant
 
 GPUS = ("g0", "g1")
-TERMS = ChargeTerms(Overhead(), 2, 100.0, 400.0, (0.0, 0.0))
-GRANT = Grant("r", 3, 1, 500.0, 60.0, "a share")
+TERMS = charge_terms(gpus=2, node_gpus=2)
+GRANT = grant(3, 1, lease_s=60.0)
 
 
 class Broken:
