@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from enum import StrEnum
+from operator import add
 
 
 class Provenance(StrEnum):
@@ -257,17 +258,7 @@ class QosTotals:
     tokens_late: float = 0.0
 
     def __add__(self, other: QosTotals) -> QosTotals:
-        return QosTotals(
-            self.intervals + other.intervals,
-            self.violations + other.violations,
-            self.throughput + other.throughput,
-            self.ttft + other.ttft,
-            self.itl + other.itl,
-            self.requests + other.requests,
-            self.requests_late + other.requests_late,
-            self.tokens + other.tokens,
-            self.tokens_late + other.tokens_late,
-        )
+        return QosTotals(*map(add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True, slots=True)

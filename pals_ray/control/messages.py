@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.slo import Tally
-from pals_ray.control.snapshot import Overhead, ReplicaCharges, ReplicaSnapshot, TailFactors
+from pals_ray.control.snapshot import Overhead, ReplicaCharges, TailFactors
 from pals_ray.errors import PalsError
 from pals_ray.models.correction import Correction
 from pals_ray.models.lookup import LoadedModel
@@ -210,30 +210,6 @@ class ReplicaView(ReplicaCharges):
     fixed: bool
     may_set: bool
     reason: str
-
-    def snapshot(
-        self,
-        model: str,
-        max_batch: int,
-        target: Target,
-        telemetry: ReplicaTelemetry,
-        natural_draw_w: float | None,
-        demand_tokens_per_s: float | None,
-        tails: TailFactors,
-    ) -> ReplicaSnapshot:
-        """The replica as a policy sees it: these books, with what its agent and its model's target say."""
-        shared = {part.name: getattr(self, part.name) for part in fields(ReplicaCharges)}
-        return ReplicaSnapshot(
-            **shared,
-            model=model,
-            max_batch=max_batch,
-            overhead=self.overhead,
-            target=target,
-            telemetry=telemetry,
-            natural_draw_w=natural_draw_w,
-            demand_tokens_per_s=demand_tokens_per_s,
-            tails=tails,
-        )
 
 
 @dataclass(frozen=True, slots=True)

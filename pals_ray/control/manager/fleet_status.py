@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.messages import Beat, NodeGpu, ReplicaSpec, ReplicaView
 from pals_ray.control.slo import by_priority
-from pals_ray.control.snapshot import FleetSnapshot, TailFactors
+from pals_ray.control.snapshot import FleetSnapshot, ReplicaCharges, ReplicaSnapshot, TailFactors
 from pals_ray.models.lookup import LoadedModel
 from pals_ray.types import (
     BudgetSource,
@@ -75,14 +75,16 @@ def fleet_snapshot(
         if view.uuids and member is not None:
             spec, beat = member.spec, member.beat
             replicas.append(
-                view.snapshot(
-                    spec.model,
-                    spec.max_batch,
-                    targets.get(spec.model, Target()),
-                    member.telemetry,
-                    beat.natural_draw_w if beat else None,
-                    beat.demand_tokens_per_s if beat else None,
-                    beat.tails if beat else TailFactors(),
+                ReplicaSnapshot(
+                    **{part.name: getattr(view, part.name) for part in fields(ReplicaCharges)},
+                    model=spec.model,
+                    max_batch=spec.max_batch,
+                    overhead=view.overhead,
+                    target=targets.get(spec.model, Target()),
+                    telemetry=member.telemetry,
+                    natural_draw_w=beat.natural_draw_w if beat else None,
+                    demand_tokens_per_s=beat.demand_tokens_per_s if beat else None,
+                    tails=beat.tails if beat else TailFactors(),
                 )
             )
     return ledger.snapshot(replicas, now_s)
