@@ -21,10 +21,9 @@ from ray.serve.llm import LLMConfig
 from pals_ray.config.fleet import FleetConfig, ModelConfig, load_fleet_config, parse_fleet_config
 from pals_ray.config.policy_path import load_policy
 from pals_ray.config.reader import ConfigError, check
-from pals_ray.gpus.driver_choice import choose_kind
+from pals_ray.gpus.driver_choice import HardwareSpec, choose_kind
 from pals_ray.gpus.gpu_protocol import GpuError
 from pals_ray.runtime.manager.predictors import read_profile
-from pals_ray.runtime.node.hardware import HardwareSpec
 from pals_ray.runtime.serve.ingress import PowerIngress, make_ingress_class
 from pals_ray.runtime.serve.router import ROUTER_CONFIG
 from pals_ray.runtime.serve.server import TINY_FOLDER, TINY_MODELS, PowerLLMServer, PowerOptions, engine_hooks

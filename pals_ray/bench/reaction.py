@@ -19,6 +19,7 @@ import ray
 
 from pals_ray.engine.control_block import ControlBlock, block_path
 from pals_ray.errors import PalsError
+from pals_ray.gpus.driver_choice import HardwareSpec
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.gpus.virtual_block import remove_block
 from pals_ray.plots.tables import Report, table
@@ -26,7 +27,6 @@ from pals_ray.processes import identify
 from pals_ray.runtime.actors import ensure_agent, ensure_manager
 from pals_ray.runtime.client import Fleet
 from pals_ray.runtime.messages import NAMESPACE, AgentSpec
-from pals_ray.runtime.node.hardware import HardwareSpec
 
 CALL_DELAY_S = 0.02
 GPU = "A100-SXM"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pals_ray.gpus.gpu_protocol import GpuDriver, GpuDriverMissingError
@@ -31,13 +32,22 @@ def choose_kind(asked: Literal["nvml", "virtual", "auto"]) -> tuple[HardwareKind
     return "nvml", f"NVML shows {count} GPU{'s' if count > 1 else ''}"
 
 
-def open_driver(
-    kind: HardwareKind, *, virtual_key: str = "", virtual_product: str = "A100-SXM", virtual_count: int = 4
-) -> GpuDriver:
-    """Open the driver of this node. Virtual GPUs are found by their node's key, and made if there are none yet.
+@dataclass(frozen=True, slots=True)
+class HardwareSpec:
+    """Which GPUs a node's agent and guardian open, as a value that is sent between processes.
 
-    Raises `GpuDriverMissingError` for `nvml` without an NVIDIA driver, and `GpuError` for what doesn't work.
+    NVML, or `count` virtual GPUs of type `product`; a virtual node's GPUs are found by the node's key.
     """
-    if kind == "nvml":
-        return NvmlDriver()
-    return VirtualDriver.open(virtual_key, virtual_product, virtual_count)
+
+    kind: HardwareKind
+    product: str = ""
+    count: int = 0
+
+    def open(self, node_key: str) -> GpuDriver:
+        """Open the driver of the node with this key. Virtual GPUs are made if there are none yet.
+
+        Raises `GpuDriverMissingError` for `nvml` without an NVIDIA driver, and `GpuError` for what does not work.
+        """
+        if self.kind == "nvml":
+            return NvmlDriver()
+        return VirtualDriver.open(node_key, self.product, self.count)

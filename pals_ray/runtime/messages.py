@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from pals_ray.control.messages import ReplicaSpec
 from pals_ray.control.telemetry import Reading
+from pals_ray.gpus.driver_choice import HardwareSpec
 from pals_ray.processes import ProcessId
-from pals_ray.runtime.node.hardware import HardwareSpec
 
 NAMESPACE = "pals-ray"
 MANAGER_NAME = "GlobalPowerManager"

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from pals_ray.runtime.node.hardware import HardwareSpec
+from pals_ray.gpus.driver_choice import HardwareSpec
 from pals_ray.runtime.stop import stop_fleet
 from tests.support.dummies import DummyFleet
 from tests.support.fleets import wait_for

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from pals_ray.engine.control_block import BlockError, ControlBlock, block_path
+from pals_ray.gpus.driver_choice import HardwareSpec
 from pals_ray.gpus.virtual import VirtualDriver, VirtualGpu
 from pals_ray.gpus.virtual_block import remove_block
 from pals_ray.processes import ProcessId, identify, is_alive
@@ -22,7 +23,6 @@ from pals_ray.runtime.actors import ensure_agent, ensure_manager
 from pals_ray.runtime.client import Fleet
 from pals_ray.runtime.messages import MANAGER_NAME, NAMESPACE, AgentSpec, agent_name
 from pals_ray.runtime.node.enrolment import order_stop
-from pals_ray.runtime.node.hardware import HardwareSpec
 from pals_ray.runtime.node.node_file import read_state, state_path
 from pals_ray.types import FleetStatus, ReplicaStatus
 from tests.support.fleets import SHARED_MEMORY, actor_processes, wait_for

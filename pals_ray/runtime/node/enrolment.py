@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from pals_ray.gpus.driver_choice import HardwareSpec
 from pals_ray.processes import ProcessId, identify, is_alive
-from pals_ray.runtime.node.hardware import HardwareSpec
 from pals_ray.runtime.node.node_file import GuardianError, NodeState, read_state, update_state
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from pals_ray.errors import PalsError
+from pals_ray.gpus.driver_choice import HardwareSpec
 from pals_ray.processes import ProcessId
-from pals_ray.runtime.node.hardware import HardwareSpec
 
 SHARED_MEMORY = Path("/dev/shm")
 LOCK_TIMEOUT_S = 10.0

@@ -21,10 +21,10 @@ from pals_ray.engine.hook_checks import engine_hooks_missing
 from pals_ray.engine.virtual.pacing import PACING_VARIABLE, PacingConfig
 from pals_ray.engine.virtual.tiny_models import CONFIGS, make_tiny_model
 from pals_ray.errors import PalsError
+from pals_ray.gpus.driver_choice import HardwareSpec
 from pals_ray.processes import identify
 from pals_ray.runtime.actors import ensure_agent
 from pals_ray.runtime.messages import AgentSpec
-from pals_ray.runtime.node.hardware import HardwareSpec
 from pals_ray.runtime.node.node_file import node_key
 from pals_ray.runtime.serve.router import PARKED
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pals_ray
-from pals_ray.gpus.driver_choice import choose_kind, open_driver
+from pals_ray.gpus.driver_choice import HardwareSpec, choose_kind
 from pals_ray.gpus.gpu_protocol import GpuDriverMissingError, GpuError
 from pals_ray.gpus.nvml import NvmlDriver
 from pals_ray.gpus.virtual import VirtualDriver
@@ -33,7 +33,7 @@ def test_auto_is_virtual_without_a_driver(fake_nvml: FakeNvml, monkeypatch: pyte
     monkeypatch.delenv("FAKE_NVML_STATE")
     assert choose_kind("auto") == ("virtual", "this node has no NVIDIA driver")
     with pytest.raises(GpuDriverMissingError):
-        open_driver("nvml")
+        HardwareSpec("nvml").open("any")
 
 
 def test_auto_does_not_hide_a_broken_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,8 +51,8 @@ def test_what_the_operator_says_is_not_questioned(asked: str) -> None:
 
 
 def test_opens_the_gpus_of_either_kind(fake_nvml: FakeNvml, node_key: str) -> None:
-    real = open_driver("nvml")
-    virtual = open_driver("virtual", virtual_key=node_key, virtual_product="B200", virtual_count=3)
+    real = HardwareSpec("nvml").open(node_key)
+    virtual = HardwareSpec("virtual", "B200", 3).open(node_key)
     assert isinstance(real, NvmlDriver)
     assert isinstance(virtual, VirtualDriver)
     assert {gpu.info.provenance for gpu in real.gpus()} == {Provenance.MEASURED}

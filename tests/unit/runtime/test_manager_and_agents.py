@@ -15,6 +15,7 @@ from pals_ray.control.budget.moving_budget import ScheduledBudget
 from pals_ray.control.budget.schedule import Entry
 from pals_ray.control.telemetry import RATE_S
 from pals_ray.engine.control_block import ControlBlock
+from pals_ray.gpus.driver_choice import HardwareSpec
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.gpus.virtual_block import remove_block
 from pals_ray.processes import identify
@@ -23,7 +24,6 @@ from pals_ray.runtime.manager import power_manager
 from pals_ray.runtime.manager.power_manager import GlobalPowerManager
 from pals_ray.runtime.manager.storage import ManagerState, StorageError, read_state, storage_file, write_state
 from pals_ray.runtime.messages import AgentSpec
-from pals_ray.runtime.node.hardware import HardwareSpec
 
 VERSIONS = itertools.count()
 

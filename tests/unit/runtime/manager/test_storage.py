@@ -9,6 +9,7 @@ from pals_ray.control.budget.moving_budget import FollowedSignal, ScheduledBudge
 from pals_ray.control.budget.schedule import Entry
 from pals_ray.control.budget.signal_following import Following
 from pals_ray.control.messages import ManagedGpu, NodeInfo, NodeMemo, ReplicaMemo
+from pals_ray.gpus.driver_choice import HardwareSpec
 from pals_ray.processes import ProcessId
 from pals_ray.runtime.manager.storage import (
     ManagerState,
@@ -19,7 +20,6 @@ from pals_ray.runtime.manager.storage import (
     write_state,
 )
 from pals_ray.runtime.messages import AgentSpec
-from pals_ray.runtime.node.hardware import HardwareSpec
 from pals_ray.types import Target
 
 SPEC = AgentSpec(

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 
 from pals_ray.engine.control_block import BLOCK_VARIABLE, ControlBlock, block_path
+from pals_ray.gpus.driver_choice import HardwareSpec
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.gpus.virtual_block import remove_block
 from pals_ray.processes import identify
 from pals_ray.runtime.node import enrolment, guardian
 from pals_ray.runtime.node import node_file as node
 from pals_ray.runtime.node.enrolment import enrol, order_stop
-from pals_ray.runtime.node.hardware import HardwareSpec
 from pals_ray.runtime.node.node_file import GuardianError, NodeState, node_key, read_state, state_path, update_state
 from pals_ray.runtime.node.ownership import is_ours, kill_engines, visible_gpus
 
