@@ -31,10 +31,10 @@ class Steady:
 
 
 def steady_state(model: RooflineModel, point: OperatingPoint, demand_tokens_per_s: float) -> Steady:
-    """What a replica does at a fixed point: the batch is what the demand implies (Little's law), and swings about it.
+    """A replica at a fixed point: its mean batch is what the demand implies (Little's law).
 
-    The requests in the engine are taken to swing as a Poisson number does; those above the batch limit wait until as
-    many have finished.
+    The number of requests in the engine is taken as Poisson; those above the batch limit wait until as many have
+    finished.
     """
     limit = float(point.batch_limit)
 

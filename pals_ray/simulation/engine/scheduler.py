@@ -73,7 +73,7 @@ class Engine:
         # Preempted: tokens generated before, and when the last of them came.
         self._resumed: dict[int, tuple[int, float]] = {}
         # The run under way: `_left` steps of `_step_s` each, the first from `_start_s`; `_pace_s` is how long the whole
-        # step would take at the present cap. All is booked up to `_booked_s`.
+        # step would take at the present cap. All energy is counted up to `_booked_s`.
         self._left = 0
         self._start_s = self._step_s = self._pace_s = self._booked_s = 0.0
         self._work = (0, 0.0, 0, 0.0)
@@ -188,7 +188,7 @@ class Engine:
         return lost
 
     def settle(self) -> None:
-        """Write down how far the requests under way have come."""
+        """Record how many tokens the requests under way have so far."""
         for request, end in self._ends.items():
             self._log.tokens[request] = self._log.output[request] - (end - self._count)
         for request, (tokens, _) in self._resumed.items():
@@ -339,7 +339,7 @@ class Engine:
         self.preemptions += 1
 
     def _book(self, now_s: float) -> None:
-        """Book energy up to a time, at the present draw."""
+        """Count energy up to a time, at the present draw."""
         passed_s = now_s - self._booked_s
         if passed_s <= 0.0:
             return
