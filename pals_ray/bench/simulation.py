@@ -10,8 +10,9 @@ import numpy as np
 
 from pals_ray.models.physics.roofline import Workload
 from pals_ray.plots.tables import Report, table
-from pals_ray.simulation.setting import ConstantBudget, Requests, SimFleet, SimModel, SimNode, SimSetting
+from pals_ray.simulation.setting import SimFleet, SimModel, SimNode, SimSetting
 from pals_ray.simulation.simulate import simulate
+from pals_ray.simulation.traces import Trace
 from policies import pals
 
 #: (GPUs, simulated s) and the most that may take, s.
@@ -42,16 +43,16 @@ def measure(gpus: int, whole_s: float, most_s: float, part: float) -> Cost:
     duration_s = part * whole_s
     rng = np.random.default_rng(1)
     count = int(REQUESTS_PER_GPU_S * gpus * duration_s)
-    requests = Requests(
+    requests = Trace(
         np.sort(rng.uniform(0.0, duration_s, count)),
         rng.geometric(1 / PROMPT_TOKENS, count),
         rng.geometric(1 / OUTPUT_TOKENS, count),
+        duration_s,
     )
     workload = Workload(float(PROMPT_TOKENS), float(OUTPUT_TOKENS))
     model = SimModel("llama", "Llama-3.1-8B", "A100-SXM", step_tokens=2048, workload=workload)
     nodes = tuple(SimNode(f"node{i}", "A100-SXM", 4, ("llama",) * 4) for i in range(gpus // 4))
-    budget = ConstantBudget(BUDGET_PER_GPU_W * gpus)
-    setting = SimSetting(SimFleet(nodes, (model,)), budget, pals.allocate, duration_s)
+    setting = SimSetting(SimFleet(nodes, (model,)), BUDGET_PER_GPU_W * gpus, pals.allocate, duration_s)
     start_s = time.process_time()
     simulate(setting, {"llama": requests})
     cpu_s = time.process_time() - start_s

@@ -10,22 +10,18 @@ from typing import Literal
 from pals_ray.config.budget_files import load_signal
 from pals_ray.config.scenario import FailureSpec, FleetSpec, LoadSpec, Scenario
 from pals_ray.config.trace_files import load_trace
+from pals_ray.control.budget.moving_budget import BudgetPlan, FollowedSignal, ScheduledBudget
 from pals_ray.control.budget.regulation import Signal, synthetic_signal
-from pals_ray.control.budget.schedule import Entry, Schedule
+from pals_ray.control.budget.schedule import Entry
 from pals_ray.control.budget.signal_following import Following
 from pals_ray.control.snapshot import Overhead
 from pals_ray.models.physics.roofline import Workload
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
 from pals_ray.simulation.setting import (
     AgentSilent,
-    Budget,
-    ConstantBudget,
     Failure,
-    FollowedSignal,
     ManagerDown,
     NodeDeath,
-    Requests,
-    ScheduledBudget,
     SimFleet,
     SimModel,
     SimNode,
@@ -164,7 +160,7 @@ def requests_for(
     duration_s: float,
     seed: int,
     prompt_share: float = 0.0,
-) -> Requests:
+) -> Trace:
     """Requests of one model that ask for so many output tokens/s past the ramp, arriving as the scenario says.
 
     A trace's own lengths drift: over its parts the load is that of its mean lengths in work (`Trace.work`).
@@ -176,8 +172,7 @@ def requests_for(
         trace = diurnal(lengths, rate, duration_s, seed, period_s=duration_s)
     else:
         trace = {"bursts": bursts, "poisson": poisson}[arrivals](lengths, rate, duration_s, seed)
-    trace = ramped(trace, load.ramp_s, seed)
-    return Requests(trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
+    return ramped(trace, load.ramp_s, seed)
 
 
 def failures_of(specs: tuple[FailureSpec, ...]) -> tuple[Failure, ...]:
@@ -192,19 +187,24 @@ def failures_of(specs: tuple[FailureSpec, ...]) -> tuple[Failure, ...]:
     return tuple(out)
 
 
-def budget_of(case: Case, fleet: SimFleet, folder: Path, natural_w: float, seed: int) -> Budget:
-    """The case's budget over time. `natural_w` is what `static` draws at the same demand, W at node level."""
+def budget_of(
+    case: Case, fleet: SimFleet, folder: Path, natural_w: float, seed: int
+) -> tuple[float, BudgetPlan | None]:
+    """The case's budget and the plan that moves it. `natural_w` is what `static` draws at the same demand. W at node
+    level."""
     spec = case.scenario.budget
     base_w = spec.watts if spec.watts is not None else full_charge_w(fleet)
     if spec.regulation is not None:
         base_share, range_share = spec.regulation.base_share, spec.regulation.range_share
         following = Following(base_share * natural_w, range_share * natural_w, ceiling_w=full_charge_w(fleet))
-        return FollowedSignal(following, _signal(spec.regulation.signal, folder, case, seed))
+        signal = _signal(spec.regulation.signal, folder, case, seed)
+        plan = FollowedSignal(following, tuple(signal.time_s.tolist()), tuple(signal.value.tolist()), started_s=0.0)
+        return following.base_w, plan
     if case.kind == "event" and spec.event is not None:
         event = spec.event
         entry = Entry(WARM_UP_S + event.start_s, WARM_UP_S + event.end_s, event.share * base_w, event.ramp_s)
-        return ScheduledBudget(Schedule((entry,)), base_w)
-    return ConstantBudget(case.budget_share * base_w)
+        return base_w, ScheduledBudget((entry,))
+    return case.budget_share * base_w, None
 
 
 def _signal(file: str | None, folder: Path, case: Case, seed: int) -> Signal:

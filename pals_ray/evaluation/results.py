@@ -82,7 +82,7 @@ def _policy(runs: CaseRuns, made: Sequence[Run], static: Sequence[Run], oracle_g
         "gain_over_static_gpu": _estimate(_gain(made, static, "tokens_per_joule_gpu")),
         "share_of_oracle_gain": node.mean / oracle_gain if oracle_gain and oracle_gain >= LEAST_GAIN else None,
         "counts": all(runs.counts(run) for run in made),
-        "models": {name: means([asdict(found[name]) for found in by_model]) for name in by_model[0]},
+        "models": {name: means([found[name] for found in by_model]) for name in by_model[0]},
         "violations_by_priority": means([{str(k): rate for k, rate in found.items()} for found in by_priority]),
         "points": _points(made[0].result),
         "cuts": [asdict(cut) for cut in made[0].result.cuts],
@@ -93,7 +93,7 @@ def _policy(runs: CaseRuns, made: Sequence[Run], static: Sequence[Run], oracle_g
 def _gain(made: Sequence[Run], static: Sequence[Run], figure: str = "tokens_per_joule") -> Estimate:
     """The gain in a figure over `static`, seed by seed."""
     pairs = zip(made, static, strict=True)
-    return estimate([gain(getattr(run.figures, figure), getattr(own.figures, figure)) for run, own in pairs])
+    return estimate([gain(run.figures[figure], own.figures[figure]) for run, own in pairs])
 
 
 def _estimate(found: Estimate) -> Json:

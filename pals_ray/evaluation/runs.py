@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pals_ray.control.budget.moving_budget import BudgetPlan, FollowedSignal
 from pals_ray.control.snapshot import Policy, Share
 from pals_ray.evaluation.cases import (
     SATURATION,
@@ -24,13 +25,13 @@ from pals_ray.evaluation.cases import (
 )
 from pals_ray.evaluation.simulated_profile import full_tokens_per_s, profiled, prompt_share, roofline
 from pals_ray.models.specs import find_gpu
-from pals_ray.simulation.oracle import Limits, candidates
-from pals_ray.simulation.results.figures import Figures, counts_as_gain, figures, model_figures, regulation_figures
+from pals_ray.simulation.oracle import candidates, steady_state
+from pals_ray.simulation.results.figures import Figures, counts_as_gain, figures, model_figures
 from pals_ray.simulation.results.run_result import RunResult
-from pals_ray.simulation.setting import Budget, ConstantBudget, FollowedSignal, Requests, SimFleet, SimSetting
+from pals_ray.simulation.setting import SimFleet, SimSetting
 from pals_ray.simulation.simulate import simulate
 from pals_ray.simulation.traces import Trace
-from pals_ray.types import OperatingPoint
+from pals_ray.types import OperatingPoint, Target
 from policies import uniform
 
 #: How long requests that never run out are offered to find what a fleet serves, and the part of it that is not
@@ -91,7 +92,7 @@ class CaseRuns:
             capacity[found.model] += float(np.mean(found.tokens_per_s[counted]))
         return capacity
 
-    def _requests(self, seed: int) -> dict[str, Requests]:
+    def _requests(self, seed: int) -> dict[str, Trace]:
         """The requests of every model, the same for all policies."""
         case, points, offered = self.case, self._reference_points(), {}
         for number, (name, served) in enumerate(self.capacity_tokens_per_s.items()):
@@ -117,7 +118,7 @@ class CaseRuns:
         found, limits = model_figures(result, WARM_UP_S), self.case.scenario.limits
         models = []
         for model in self.fleet.models:
-            ttft_s, itl_s = found[model.name].ttft_p99_s, found[model.name].itl_p99_s
+            ttft_s, itl_s = found[model.name]["ttft_p99_s"], found[model.name]["itl_p99_s"]
             if self.case.load is not None and ttft_s is not None and itl_s is not None:
                 ttft_s, itl_s = limits.ttft_p99 * ttft_s, limits.itl_p99 * itl_s
                 model = replace(model, target=replace(model.target, ttft_p99_s=ttft_s, itl_p99_s=itl_s))
@@ -139,7 +140,7 @@ class CaseRuns:
         """Every model's replicas at one point throughout, without a budget."""
         fleet, _ = self.limited(seed)
         setting = self._setting(fixed_at(replace(fleet, domains=()), points), uniform.allocate, seed)
-        return self._simulated(label, setting, self._budget(seed))
+        return self._simulated(label, setting, self._budget(seed)[1])
 
     def best_power_only(self) -> str:
         """`power_only@BATCH` of the batch that keeps the limits best on the tuning seeds, then gains most tokens/J.
@@ -151,10 +152,10 @@ class CaseRuns:
 
         def worth(batch: int) -> tuple[bool, float]:
             runs = [self._run(f"power_only@{batch}", seed) for seed in scenario.tuning_seeds]
-            rate = float(np.mean([run.figures.violation_rate or 0.0 for run in runs]))
-            own = float(np.mean([self.static(s).figures.violation_rate or 0.0 for s in scenario.tuning_seeds]))
+            rate = float(np.mean([run.figures["violation_rate"] or 0.0 for run in runs]))
+            own = float(np.mean([self.static(s).figures["violation_rate"] or 0.0 for s in scenario.tuning_seeds]))
             kept = counts_as_gain(rate, own, scenario.violation_limit)
-            return kept, float(np.mean([run.figures.tokens_per_joule for run in runs])) if kept else -rate
+            return kept, float(np.mean([run.figures["tokens_per_joule"] for run in runs])) if kept else -rate
 
         best = max((b for b in TUNED_BATCHES if b <= start), key=worth)
         return "power_only" if best == start else f"power_only@{best}"
@@ -169,11 +170,16 @@ class CaseRuns:
         node = self.fleet.nodes[0]
         replicas = sum(n.replicas.count(model.name) for n in self.fleet.nodes)
         demand = (self.case.load or 0.0) * self.capacity_tokens_per_s[model.name] / replicas
-        limits = Limits(self.case.scenario.limits.itl_p99, self.case.scenario.limits.ttft_p99)
-        best = self._top_points()[model.name], [self.static(seed) for seed in self.case.scenario.seeds]
-        found = candidates(roofline(model), model.max_batch, demand, limits, node.overhead, node.num_gpus)
-        for candidate in found[:CONFIRMED]:
-            best = self._confirmed(candidate.point, _efficiency(best[1])) or best
+        top, limits = self._top_points()[model.name], self.case.scenario.limits
+        at_top = steady_state(roofline(model), top, demand)
+        target = Target(
+            ttft_p99_s=limits.ttft_p99 * at_top.ttft_p99_s,
+            itl_p99_s=limits.itl_p99 * at_top.itl_p99_s,
+        )
+        best = top, [self.static(seed) for seed in self.case.scenario.seeds]
+        found = candidates(roofline(model), model.max_batch, demand, target, node.overhead, node.num_gpus)
+        for _, point in found[:CONFIRMED]:
+            best = self._confirmed(point, _efficiency(best[1])) or best
         return best
 
     def _confirmed(self, point: OperatingPoint, beat: float) -> tuple[OperatingPoint, list[Run]] | None:
@@ -197,37 +203,32 @@ class CaseRuns:
 
     def counts(self, run: Run) -> bool:
         """Whether a run's violations are few enough for its gain to count."""
-        own = self.static(run.seed).figures.violation_rate
-        return counts_as_gain(run.figures.violation_rate, own, self.case.scenario.violation_limit)
+        own = self.static(run.seed).figures["violation_rate"]
+        return counts_as_gain(run.figures["violation_rate"], own, self.case.scenario.violation_limit)
 
     def _made(self, policy: str, seed: int) -> Run:
         fleet, _ = self.limited(seed)
-        budget = self._budget(seed)
-        return self._simulated(policy, replace(self._setting(fleet, policy_named(policy), seed), budget=budget), budget)
+        budget_w, plan = self._budget(seed)
+        setting = replace(self._setting(fleet, policy_named(policy), seed), budget_w=budget_w, plan=plan)
+        return self._simulated(policy, setting, plan)
 
-    def _simulated(self, label: str, setting: SimSetting, budget: Budget) -> Run:
-        """A run with the scenario's failures, judged by the case's budget."""
+    def _simulated(self, label: str, setting: SimSetting, plan: BudgetPlan | None) -> Run:
+        """A run with the scenario's failures, judged by the case's budget plan."""
         self._tick(label)
         setting = replace(setting, failures=failures_of(self.case.scenario.failures))
         result = simulate(setting, self.requests(setting.seed))
-        found = figures(result, WARM_UP_S)
-        if isinstance(budget, FollowedSignal):
-            tracking, aqa, pjm, precision = regulation_figures(result, budget.following, budget.signal)
-            found = replace(found, tracking_error=tracking, aqa_error=aqa, pjm_score=pjm, precision=precision)
-            # A budget that moves with a signal falls again before a fall has settled: there is no cut to time.
-            found = replace(found, settle_s=None, settle_over_w=None)
+        found = figures(result, WARM_UP_S, plan if isinstance(plan, FollowedSignal) else None)
         return Run(label, setting.seed, found, result)
 
-    def _budget(self, seed: int) -> Budget:
+    def _budget(self, seed: int) -> tuple[float, BudgetPlan | None]:
         _, natural_w = self.limited(seed)
         return budget_of(self.case, self.fleet, self._folder, natural_w, seed)
 
     def _setting(self, fleet: SimFleet, policy: Policy, seed: int, duration_s: float | None = None) -> SimSetting:
         """A run under a budget that never binds."""
-        budget = ConstantBudget(full_charge_w(fleet))
-        return SimSetting(fleet, budget, policy, duration_s or self.case.simulated_s, seed=seed)
+        return SimSetting(fleet, full_charge_w(fleet), policy, duration_s or self.case.simulated_s, seed=seed)
 
-    def _poisson(self, tokens_per_s: float, duration_s: float, seed: int) -> Requests:
+    def _poisson(self, tokens_per_s: float, duration_s: float, seed: int) -> Trace:
         return requests_for(self.case.scenario.load, "poisson", self._lengths, tokens_per_s, duration_s, seed)
 
     def _top_points(self) -> dict[str, OperatingPoint]:
@@ -254,4 +255,4 @@ def policy_named(name: str) -> Policy:
 
 
 def _efficiency(runs: list[Run]) -> float:
-    return float(np.mean([run.figures.tokens_per_joule for run in runs]))
+    return float(np.mean([run.figures["tokens_per_joule"] for run in runs]))

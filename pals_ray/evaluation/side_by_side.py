@@ -13,22 +13,15 @@ import numpy as np
 
 from pals_ray.config.fleet import FleetConfig
 from pals_ray.config.policy_path import load_policy
-from pals_ray.control.budget.schedule import Entry, Schedule
+from pals_ray.control.budget.moving_budget import ScheduledBudget
+from pals_ray.control.budget.schedule import Entry
 from pals_ray.control.telemetry import Reading, between
 from pals_ray.evaluation.runs import fixed_at
 from pals_ray.models.physics.roofline import RooflineModel, Workload
 from pals_ray.models.specs import Parallelism, find_gpu
 from pals_ray.runtime.manager.predictors import Predictors
 from pals_ray.simulation.run import Run
-from pals_ray.simulation.setting import (
-    ConstantBudget,
-    Requests,
-    ScheduledBudget,
-    SimFleet,
-    SimModel,
-    SimNode,
-    SimSetting,
-)
+from pals_ray.simulation.setting import SimFleet, SimModel, SimNode, SimSetting
 from pals_ray.simulation.traces import Trace, poisson
 from pals_ray.types import OperatingPoint, ReplicaTelemetry
 
@@ -140,7 +133,7 @@ def twin(config: FleetConfig, members: Sequence[Member], parked_dies: Sequence[f
     node = SimNode("node", gpu, len(dies), names, overhead=config.overhead.overhead(), dies=dies)
     return SimSetting(
         fleet=SimFleet((node,), tuple(models), reserve_w=config.reserve_w, time_scale=config.time_scale),
-        budget=ConstantBudget(config.budget_w),
+        budget_w=config.budget_w,
         policy=load_policy(config.policy),
         duration_s=LEAD_S,
         lease_s=config.lease_s,
@@ -174,9 +167,9 @@ def simulated(setting: SimSetting, stage: Stage, traces: Traces, looks_s: Sequen
         setting = replace(setting, fleet=fleet)
     else:
         fall = Entry(LEAD_S + looks_s[1], math.inf, stage.after_w)
-        setting = replace(setting, budget=ScheduledBudget(Schedule((fall,)), stage.before_w))
+        setting = replace(setting, budget_w=stage.before_w, plan=ScheduledBudget((fall,)))
     requests = {
-        name: Requests(trace.arrival_s + LEAD_S, trace.prompt_tokens, trace.output_tokens)
+        name: replace(trace, arrival_s=trace.arrival_s + LEAD_S, duration_s=trace.duration_s + LEAD_S)
         for name, trace in traces.items()
     }
     run = Run(replace(setting, duration_s=LEAD_S + max(looks_s)), requests)

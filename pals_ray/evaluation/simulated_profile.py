@@ -14,7 +14,7 @@ from pals_ray.models.grid import GridModel
 from pals_ray.models.physics.roofline import RooflineModel
 from pals_ray.models.power_model import PowerModel
 from pals_ray.models.specs import find_gpu, find_model
-from pals_ray.simulation.setting import ConstantBudget, SimFleet, SimModel, SimNode, SimSetting
+from pals_ray.simulation.setting import SimFleet, SimModel, SimNode, SimSetting
 from pals_ray.simulation.simulate import simulate
 from pals_ray.simulation.traces import Trace
 from pals_ray.types import OperatingPoint, Target
@@ -79,8 +79,8 @@ def _measured(model: SimModel, lengths: Trace, point: OperatingPoint) -> tuple[f
     node = SimNode("profile", model.gpu, gpus, (model.name,))
     rate = SATURATION * full_tokens_per_s(model, point)
     offered = requests_for(LoadSpec(ramp_s=0.0), "poisson", lengths, rate, POINT_S, _SEED)
-    budget = ConstantBudget(gpus * find_gpu(model.gpu).max_limit_w)
-    setting = SimSetting(SimFleet((node,), (alone,)), budget, uniform.allocate, POINT_S)
+    budget_w = gpus * find_gpu(model.gpu).max_limit_w
+    setting = SimSetting(SimFleet((node,), (alone,)), budget_w, uniform.allocate, POINT_S)
     result = simulate(setting, {model.name: offered})
     counted = result.time_s > FILL_S
     (replica,), found = result.replicas, result.models[model.name]

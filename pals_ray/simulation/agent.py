@@ -19,7 +19,7 @@ from pals_ray.types import Grant
 
 
 class Agent:
-    """One replica's agent: `silent` it neither sends nor hears, `dead` its node is gone. `say` sends to the manager."""
+    """One replica's agent. While `silent` it neither sends nor receives; once `dead` its node is gone."""
 
     def __init__(
         self,
@@ -33,25 +33,25 @@ class Agent:
         self.spec = placed.spec
         self.model = model
         self.silent = self.dead = False
-        self.decisions = self.cap_changes = self.batch_changes = 0
+        self.decisions = self.cap_changes = 0
         self._placed = placed
         self._engine = placed.engine
         self._driver_s = setting.messages.driver_s
         self._events = events
         self._say = say
         self._cap_moved = cap_moved
-        controller = ReplicaController(len(placed.uuids), placed.model.largest_prompt, setting.controller)
+        controller = ReplicaController(placed.spec.num_gpus, placed.model.largest_prompt, setting.controller)
         controller.take_model(model.surface, model.source)
-        self._core = AgentCore(placed.replica_id, placed.node.name, len(placed.uuids), controller)
-        self._do(self._core.claimed(placed.uuids, self._engine.max_batch, 0.0), 0.0)
+        self._core = AgentCore(placed.spec.replica_id, placed.node.name, placed.spec.num_gpus, controller)
+        self._do(self._core.claimed(self.spec.gpus, self._engine.max_batch, 0.0), 0.0)
 
     @property
     def limits_w(self) -> dict[str, float]:
         """The limit in force on each of its GPUs, W."""
-        return dict.fromkeys(self._placed.uuids, self._engine.cap.ordered_w)
+        return dict.fromkeys(self.spec.gpus, self._engine.cap.ordered_w)
 
     def beat(self, now_s: float) -> None:
-        """Take a reading, and so again in `BEAT_S`."""
+        """Take a reading, now and every `BEAT_S`."""
         if not self.dead:
             engine = self._engine
             engine.read(now_s)
@@ -60,13 +60,13 @@ class Agent:
             self._events.at(now_s + BEAT_S, self.beat)
 
     def hear(self, said: Answer | Grant, now_s: float) -> None:
-        """The manager's answer arrives, or a grant that it pushed."""
+        """Obey an answer of the manager, or a grant that it pushed."""
         if not self.silent:
             obey = self._core.granted if isinstance(said, Grant) else self._core.answered
             self._do(obey(said, now_s), now_s)  # type: ignore[arg-type]
 
     def _do(self, asked: tuple[commands.Command, ...], now_s: float) -> None:
-        """Carry the core's commands out. Parked GPUs are at their lowest limits from the first."""
+        """Carry out the core's commands. Parked GPUs start at their lowest limits."""
         engine, core, changed = self._engine, self._core, False
         for command in asked:
             match command:
@@ -75,7 +75,6 @@ class Agent:
                     self._do(core.limits_read({u: self.limits_w.get(u, lowest_w) for u in uuids}, now_s), now_s)
                 case commands.SetBatchLimit(limit) if limit != engine.batch_limit:
                     changed = True
-                    self.batch_changes += 1
                     engine.order_batch_limit(limit, now_s)
                 case commands.SetGroupCap(_, cap_w):
                     moves = abs(cap_w - engine.cap.ordered_w) > SAME_LIMIT_W
@@ -91,7 +90,7 @@ class Agent:
             self._say(core.beat(), now_s)
 
     def _capped(self, cap_w: float, now_s: float) -> None:
-        """The driver has done it."""
+        """Put a new cap in force: the driver's call has returned."""
         if not self.dead:
             self._engine.order_cap(cap_w, now_s)
             self.cap_changes += 1

@@ -1,4 +1,4 @@
-"""The virtual clock: what happens when, in one order whatever else runs on the machine, and messages that take time."""
+"""The virtual clock: what is due when, and messages that take time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pals_ray.simulation.setting import Messages
 
 
 class Events:
-    """Calls due at times; those due at the same time come in the order in which they were added."""
+    """Calls due at times. Calls due at the same time are made in the order in which they were added."""
 
     def __init__(self) -> None:
         self._due: list[tuple[float, int, Callable[[float], None]]] = []
@@ -33,8 +33,8 @@ class Events:
         call(time_s)
 
 
-class Mail:
-    """Messages between manager and agents, delayed and lost as the setting says."""
+class Network:
+    """Delivers messages between manager and agents, late or never, as the setting says."""
 
     def __init__(self, events: Events, messages: Messages, rng: random.Random) -> None:
         self.events = events

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from pals_ray.control.replica.batch_choice import graph_sizes
 from pals_ray.control.snapshot import Overhead
 from pals_ray.models.physics.roofline import RooflineModel
-from pals_ray.types import OperatingPoint
+from pals_ray.types import OperatingPoint, Target
 
 #: The 99th percentile of a normal deviate: how far the requests in an engine rise above their mean.
 _P99 = 2.33
@@ -29,27 +30,11 @@ class Steady:
     stable: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Latency limits as multiples of the reference point's own p99, as the simulator's limits are of `static`'s."""
-
-    itl_p99: float
-    ttft_p99: float
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A fixed point that meets the limits, and the watts of one replica with its part of the node's overhead."""
-
-    point: OperatingPoint
-    node_w: float
-
-
 def steady_state(model: RooflineModel, point: OperatingPoint, demand_tokens_per_s: float) -> Steady:
-    """What a replica does at a fixed point: the batch is what the demand implies (Little's law), and swings about it.
+    """A replica at a fixed point: its mean batch is what the demand implies (Little's law).
 
-    The requests in the engine are taken to swing as a Poisson number does; those above the batch limit wait until as
-    many have finished.
+    The number of requests in the engine is taken as Poisson; those above the batch limit wait until as many have
+    finished.
     """
     limit = float(point.batch_limit)
 
@@ -80,52 +65,34 @@ def steady_state(model: RooflineModel, point: OperatingPoint, demand_tokens_per_
     )
 
 
-def least_cap_w(
-    model: RooflineModel, batch_limit: int, demand_tokens_per_s: float, reference: Steady, limits: Limits
-) -> float | None:
-    """The least cap in whole W that serves the demand within the limits at a batch limit; None where none does.
+def least_cap_w(model: RooflineModel, batch_limit: int, demand_tokens_per_s: float, target: Target) -> float | None:
+    """The least cap in whole W that serves the demand within latency limits at a batch limit; None where none does.
 
     A bisection: whatever a cap allows, a higher one allows too.
     """
     gpu = model.physics.gpu
-    low, high = math.ceil(gpu.min_limit_w), math.floor(gpu.max_limit_w)
+    caps_w = range(math.ceil(gpu.min_limit_w), math.floor(gpu.max_limit_w) + 1)
 
     def good(cap_w: int) -> bool:
         found = steady_state(model, OperatingPoint(float(cap_w), batch_limit), demand_tokens_per_s)
-        return (
-            found.stable
-            and found.itl_p99_s <= limits.itl_p99 * reference.itl_p99_s
-            and found.ttft_p99_s <= limits.ttft_p99 * reference.ttft_p99_s
-        )
+        pairs = ((found.itl_p99_s, target.itl_p99_s), (found.ttft_p99_s, target.ttft_p99_s))
+        return found.stable and all(limit_s is None or found_s <= limit_s for found_s, limit_s in pairs)
 
-    if not good(high):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if good(middle) else (middle + 1, high)
-    return float(low)
+    return float(caps_w[bisect_left(caps_w[:-1], True, key=good)]) if good(caps_w[-1]) else None
 
 
 def candidates(
-    model: RooflineModel,
-    max_batch: int,
-    demand_tokens_per_s: float,
-    limits: Limits,
-    overhead: Overhead,
-    node_gpus: int,
-) -> list[Candidate]:
-    """For each batch limit with a CUDA graph the least cap that meets the limits, the fewest watts first.
+    model: RooflineModel, max_batch: int, demand_tokens_per_s: float, target: Target, overhead: Overhead, node_gpus: int
+) -> list[tuple[float, OperatingPoint]]:
+    """For each batch limit with a CUDA graph the least cap within the latency limits, the fewest watts first.
 
-    The reference of the limits is the highest cap at the start batch under the same demand.
+    The watts are those of one replica with its part of the node's overhead.
     """
-    top = OperatingPoint(model.physics.gpu.max_limit_w, max_batch)
-    reference = steady_state(model, top, demand_tokens_per_s)
     found = []
     for batch in graph_sizes(max_batch):
-        cap_w = least_cap_w(model, batch, demand_tokens_per_s, reference, limits)
-        if cap_w is None:
-            continue
-        point = OperatingPoint(cap_w, batch)
-        gpu_w = steady_state(model, point, demand_tokens_per_s).power_w
-        found.append(Candidate(point, overhead.charge_w(gpu_w, model.num_gpus, node_gpus)))
-    return sorted(found, key=lambda c: (c.node_w, -c.point.batch_limit))
+        cap_w = least_cap_w(model, batch, demand_tokens_per_s, target)
+        if cap_w is not None:
+            point = OperatingPoint(cap_w, batch)
+            gpu_w = steady_state(model, point, demand_tokens_per_s).power_w
+            found.append((overhead.charge_w(gpu_w, model.num_gpus, node_gpus), point))
+    return sorted(found, key=lambda one: (one[0], -one[1].batch_limit))

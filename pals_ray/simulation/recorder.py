@@ -1,4 +1,4 @@
-"""What is written down while a run goes on: samples of every replica, violations, and how the budget is kept."""
+"""What is recorded during a run: samples of every replica, violations, and how the budget is kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pals_ray.simulation.engine.scheduler import Engine
 from pals_ray.simulation.results.run_result import Cut, QosInterval
 from pals_ray.types import Target
 
-#: How often the violations' account looks at the engines, s.
+#: How often violations are counted, s.
 QOS_LOOK_S = 1.0
 
 
@@ -26,7 +26,6 @@ class Samples:
 
     def __init__(self, engines: list[Engine], interval_s: float, count: int) -> None:
         self.series = {name: np.zeros((len(engines), count), dtype=np.float32) for name in self.NAMES}
-        self.energy_j = np.zeros((len(engines), count))
         self.taken = 0
         self._engines = engines
         self._interval_s = interval_s
@@ -58,7 +57,7 @@ class Samples:
 
 @dataclass(slots=True)
 class ModelQos:
-    """One model's account of violations."""
+    """Counts the violations of one model."""
 
     target: Target
     engines: Mapping[str, Engine]
@@ -66,7 +65,7 @@ class ModelQos:
     intervals: list[QosInterval] = field(default_factory=list)
 
     def look(self, now_s: float) -> None:
-        """Take the engines' tallies in, and judge the interval where it is over."""
+        """Read the engines' latencies, and judge the interval if it is over."""
         tallies = {}
         for name, engine in self.engines.items():
             engine.advance(now_s)
@@ -78,21 +77,20 @@ class ModelQos:
 
 
 class BudgetRecord:
-    """The budget and all that is charged, at every instant: cuts, how long they took, and whatever else was over.
+    """Compares the charge with the budget at every instant, and times the budget's cuts. W at node level.
 
-    The charge is of the limits really in force, whatever the manager knows. W at node level.
+    The charge is that of the limits really in force, whatever the manager knows of them.
     """
 
     def __init__(self, budget_w: float, reserve_w: float, fixed_w: float) -> None:
         """`fixed_w` is the charge of parked GPUs."""
         self.charge_w = fixed_w
         self.over_s = 0.0
+        self.cuts: list[Cut] = []
         self._reserve_w = reserve_w
         self._times_s = [0.0]
         self._budgets_w = [budget_w]
         self._charges_w: dict[str, float] = {}
-        self._cuts: list[Cut] = []
-        self._open: Cut | None = None
         self._since_s = 0.0
 
     @property
@@ -100,52 +98,42 @@ class BudgetRecord:
         """The budget now, W."""
         return self._budgets_w[-1]
 
-    @property
-    def cuts(self) -> tuple[Cut, ...]:
-        """All falls of the budget so far."""
-        return (*self._cuts, self._open) if self._open is not None else tuple(self._cuts)
-
     def budget_at(self, time_s: NDArray[np.float64]) -> NDArray[np.float64]:
         """The budget at each of these times, W."""
         return np.array([self._budgets_w[bisect_right(self._times_s, t) - 1] for t in time_s.tolist()])
 
     def charge(self, replica_id: str, charge_w: float, now_s: float) -> None:
         """A replica's limits have changed."""
-        self._pass(now_s)
+        self.pass_time(now_s)
         self.charge_w += charge_w - self._charges_w.get(replica_id, 0.0)
         self._charges_w[replica_id] = charge_w
         self._judge(now_s)
 
     def budget(self, now_s: float, budget_w: float) -> None:
         """The budget has changed."""
-        self._pass(now_s)
+        self.pass_time(now_s)
         before_w = self.budget_w
         self._times_s.append(now_s)
         self._budgets_w.append(budget_w)
         if budget_w < before_w:
-            if self._open is not None:
-                self._cuts.append(self._open)
-            self._open = Cut(now_s, before_w, budget_w, None, 0.0)
+            self.cuts.append(Cut(now_s, before_w, budget_w, None, 0.0))
         self._judge(now_s)
 
-    def finish(self, now_s: float) -> None:
-        """The run is over."""
-        self._pass(now_s)
-
-    def _over_w(self) -> float:
-        return self.charge_w - (self.budget_w - self._reserve_w)
-
-    def _pass(self, now_s: float) -> None:
+    def pass_time(self, now_s: float) -> None:
+        """Count the time since the last change, if the charge was over the budget in it."""
         if self._over_w() > EPS_W:
             self.over_s += now_s - self._since_s
         self._since_s = now_s
 
+    def _over_w(self) -> float:
+        return self.charge_w - (self.budget_w - self._reserve_w)
+
     def _judge(self, now_s: float) -> None:
-        if self._open is None:
+        """Bring the last cut up to date, unless it has settled."""
+        if not self.cuts or self.cuts[-1].settled_s is not None:
             return
-        over_w = self._over_w()
+        cut, over_w = self.cuts[-1], self._over_w()
         if over_w > EPS_W:
-            self._open = replace(self._open, most_over_w=max(self._open.most_over_w, over_w))
+            self.cuts[-1] = replace(cut, most_over_w=max(cut.most_over_w, over_w))
         else:
-            self._cuts.append(replace(self._open, settled_s=now_s - self._open.at_s))
-            self._open = None
+            self.cuts[-1] = replace(cut, settled_s=now_s - cut.at_s)

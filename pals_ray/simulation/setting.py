@@ -6,12 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pals_ray.control.budget.regulation import Signal
-from pals_ray.control.budget.schedule import Schedule
-from pals_ray.control.budget.signal_following import Following
+from pals_ray.control.budget.moving_budget import BudgetPlan
 from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.manager.deployment import DeployedModel, Deployment
 from pals_ray.control.replica.controller_state import ControllerConfig
@@ -21,10 +16,8 @@ from pals_ray.models.physics.roofline import Workload
 from pals_ray.models.physics.step_cost import GroupPhysics
 from pals_ray.models.power_model import PowerModel
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
+from pals_ray.simulation.traces import Trace
 from pals_ray.types import OperatingPoint, Target
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 #: vLLM's `gpu_memory_utilization` (0.9), less what activations and CUDA graphs take of it.
 _USABLE_MEMORY = 0.85
@@ -98,33 +91,6 @@ class SimNode:
 
 
 @dataclass(frozen=True, slots=True)
-class ConstantBudget:
-    """The same budget throughout, W at node level."""
-
-    budget_w: float
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledBudget:
-    """A budget by the clock; the run starts at Unix time `start_s`. `base_w` holds where no entry does, W."""
-
-    schedule: Schedule
-    base_w: float
-    start_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class FollowedSignal:
-    """A regulation signal followed by `pals_ray.control.budget.signal_following`, from the run's start."""
-
-    following: Following
-    signal: Signal
-
-
-Budget = ConstantBudget | ScheduledBudget | FollowedSignal
-
-
-@dataclass(frozen=True, slots=True)
 class AgentSilent:
     """A replica's agent neither sends nor receives from `at_s` for `for_s`; its lease goes on running."""
 
@@ -192,12 +158,13 @@ class Messages:
 class SimSetting:
     """One run. `interval_s` is the spacing of the time series; energy and draw over budget are counted apart.
 
-    `seed` settles dies' order, routing, beats' phases and messages; the requests come from outside. `fail_safe_cap_w`
-    as in the fleet file (None: the lowest cap).
+    The budget is `budget_w`, W at node level, unless `plan` moves it: a schedule, or a signal to follow, in seconds of
+    the run. `seed` decides the order of the dies, routing, when agents beat and how long messages take; the requests
+    are given apart. `fail_safe_cap_w` as in the fleet file (None: the lowest cap).
     """
 
     fleet: SimFleet
-    budget: Budget
+    budget_w: float
     policy: Policy
     duration_s: float
     seed: int = 0
@@ -207,12 +174,13 @@ class SimSetting:
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     lease_s: float = 5.0
     fail_safe_cap_w: float | None = None
+    plan: BudgetPlan | None = None
 
     @property
     def deployment(self) -> Deployment:
-        """What the manager takes it for."""
+        """The fleet as the manager's core is told of it."""
         return Deployment(
-            budget_w=0.0,  # what the budget is says `pals_ray.simulation.budget`
+            budget_w=self.budget_w,
             policy_name=getattr(self.policy, "__module__", "policy"),
             policy=self.policy,
             models={model.name: DeployedModel(model.target) for model in self.fleet.models},
@@ -222,25 +190,5 @@ class SimSetting:
         )
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Requests:
-    """The requests of one model, (n,) each, by rising `arrival_s` from the start of the run."""
-
-    arrival_s: FloatArray
-    prompt_tokens: IntArray
-    output_tokens: IntArray
-
-    def __post_init__(self) -> None:
-        if not len(self.arrival_s) == len(self.prompt_tokens) == len(self.output_tokens):
-            raise SimulationError("requests need as many prompt and output lengths as arrivals")
-        if np.any(np.diff(self.arrival_s) < 0) or np.any(self.arrival_s < 0):
-            raise SimulationError("arrivals must not be negative, and sorted by time")
-        if np.any(self.prompt_tokens < 1) or np.any(self.output_tokens < 1):
-            raise SimulationError("every request has at least one prompt token and one output token")
-
-    def __len__(self) -> int:
-        return len(self.arrival_s)
-
-
 #: Requests by model name.
-Offered = Mapping[str, Requests]
+Offered = Mapping[str, Trace]

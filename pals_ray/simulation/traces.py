@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,50 +51,31 @@ class Trace:
     def __len__(self) -> int:
         return len(self.arrival_s)
 
-    @property
-    def output_tokens_per_s(self) -> float:
-        """Output tokens asked for, per second of the trace."""
-        return float(self.output_tokens.sum()) / self.duration_s
-
     def work(self, prompt_share: float) -> FloatArray:
         """(n,) What each request asks of an engine that spends this share of its time on prompts, the rest on outputs;
         1 on average."""
         prompts, outputs = (tokens / tokens.mean() for tokens in (self.prompt_tokens, self.output_tokens))
         return np.asarray(prompt_share * prompts + (1.0 - prompt_share) * outputs)
 
-    def peak_over_mean(self, prompt_share: float = 0.0) -> float:
-        """Work asked for in the fullest `PEAK_S` over that in a mean one, to a minute."""
-        steps = max(round(self.duration_s / _SMOOTH_S), 1)
-        edges_s = np.linspace(0.0, self.duration_s, steps + 1)
-        work = np.histogram(self.arrival_s, edges_s, weights=self.work(prompt_share))[0]
-        return _highest(work, round(steps * PEAK_S / self.duration_s)) / float(work.mean())
-
 
 def lengthened(trace: Trace, factor: float) -> Trace:
     """The same arrivals with prompts and outputs `factor` times as long, 1 token at least."""
-    prompts, outputs = (
-        np.maximum(np.rint(tokens * factor).astype(np.int64), 1)
-        for tokens in (trace.prompt_tokens, trace.output_tokens)
-    )
-    return Trace(trace.arrival_s, prompts, outputs, trace.duration_s)
+    columns = (trace.prompt_tokens, trace.output_tokens)
+    prompts, outputs = (np.maximum(np.rint(tokens * factor).astype(np.int64), 1) for tokens in columns)
+    return replace(trace, prompt_tokens=prompts, output_tokens=outputs)
 
 
 def clipped(trace: Trace, max_model_len: int) -> Trace:
     """Fit requests into a model's context: outputs to what leaves one prompt token, then prompts to the rest."""
     outputs = np.minimum(trace.output_tokens, max_model_len - 1)
-    return Trace(trace.arrival_s, np.minimum(trace.prompt_tokens, max_model_len - outputs), outputs, trace.duration_s)
+    prompts = np.minimum(trace.prompt_tokens, max_model_len - outputs)
+    return replace(trace, prompt_tokens=prompts, output_tokens=outputs)
 
 
 def ramped(trace: Trace, ramp_s: float, seed: int) -> Trace:
     """The same requests, thinned at the start: the share that is kept rises from none to all within `ramp_s`."""
     kept = np.random.default_rng(seed).uniform(0.0, 1.0, len(trace)) * ramp_s < trace.arrival_s
-    return Trace(trace.arrival_s[kept], trace.prompt_tokens[kept], trace.output_tokens[kept], trace.duration_s)
-
-
-def drawn_lengths(trace: Trace, count: int, seed: int) -> tuple[IntArray, IntArray]:
-    """(prompt, output) lengths of `count` requests drawn from a trace's, pairs kept, with replacement."""
-    at = np.random.default_rng(seed).integers(0, len(trace), count)
-    return trace.prompt_tokens[at], trace.output_tokens[at]
+    return _picked(trace, kept, trace.arrival_s[kept], trace.duration_s)
 
 
 def poisson(lengths: Trace, requests_per_s: float, duration_s: float, seed: int) -> Trace:
@@ -171,6 +153,11 @@ def resampled(
     place = np.concatenate(([0.0], np.cumsum(gaps)[:-1])) / max(float(gaps.sum()), 1e-9)
     reached = np.concatenate(([0.0], np.cumsum(shape))) / shape.sum()
     arrival_s = np.interp(place, reached, np.linspace(0.0, duration_s, steps + 1))
+    return _picked(trace, at, arrival_s, duration_s)
+
+
+def _picked(trace: Trace, at: NDArray[Any], arrival_s: FloatArray, duration_s: float) -> Trace:
+    """The requests of a trace at these indices, or where a mask is true, at other times."""
     return Trace(arrival_s, trace.prompt_tokens[at], trace.output_tokens[at], duration_s)
 
 
@@ -200,5 +187,5 @@ def _from_unit_rate(lengths: Trace, rate_per_s: FloatArray, duration_s: float, s
     reached = np.concatenate(([0.0], np.cumsum(rate_per_s * np.diff(edges_s))))
     count = int(generator.poisson(reached[-1]))
     places = np.sort(generator.uniform(0.0, reached[-1], count))
-    prompts, outputs = drawn_lengths(lengths, count, int(generator.integers(2**63)))
-    return Trace(np.interp(places, reached, edges_s), prompts, outputs, duration_s)
+    at = np.random.default_rng(int(generator.integers(2**63))).integers(0, len(lengths), count)
+    return _picked(lengths, at, np.interp(places, reached, edges_s), duration_s)

@@ -12,14 +12,14 @@ METER_S = 0.1
 
 
 class Meter:
-    """Joules at node level in bins of `METER_S`, from everything that draws."""
+    """The energy that all engines draw, at node level, in bins of `METER_S`, J."""
 
     def __init__(self, duration_s: float) -> None:
         self._joules = [0.0] * (math.ceil(duration_s / METER_S) + 1)
         self._last = len(self._joules) - 1
 
     def add(self, from_s: float, to_s: float, power_w: float) -> None:
-        """Book a constant draw, W, over a stretch of time."""
+        """Add a constant draw, W, between two times."""
         first, last = int(from_s / METER_S), int(to_s / METER_S)
         if first == last:
             self._joules[first] += power_w * (to_s - from_s)

@@ -1,4 +1,4 @@
-"""What is written down of a model's requests and token gaps while its engines run."""
+"""What is recorded of a model's requests and inter-token latencies while its engines run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from array import array
 from math import ceil, log
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pals_ray.simulation.results.run_result import FINE_EDGES_S, RequestOutcomes
-from pals_ray.simulation.setting import Requests
+from pals_ray.simulation.traces import Trace
 from pals_ray.types import LATENCY_EDGES_S
 
 _FINE_FIRST, _FINE_STEP = log(FINE_EDGES_S[0]), log(1.01)
@@ -31,7 +30,7 @@ def fine_bucket(latency_s: float) -> int:
 class ModelLog:
     """One model's requests, by index, in compact arrays; shared by the engines that serve it."""
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: Trace) -> None:
         n = len(requests)
         self._requests = requests
         self.arrival_s = array("d", requests.arrival_s.tolist())
@@ -44,21 +43,14 @@ class ModelLog:
         self.itl_counts = [0] * (_FINE_LAST + 1)
 
     def outcomes(self) -> RequestOutcomes:
-        """What became of them so far."""
+        """What became of the requests so far."""
+        requests = self._requests
         return RequestOutcomes(
-            arrival_s=self._requests.arrival_s,
-            prompt_tokens=self._requests.prompt_tokens,
-            output_tokens=self._requests.output_tokens,
-            first_token_s=_floats(self.first_token_s),
-            finish_s=_floats(self.finish_s),
-            tokens=_whole(self.tokens),
-            replica=_whole(self.replica),
+            requests.arrival_s,
+            requests.prompt_tokens,
+            requests.output_tokens,
+            np.array(self.first_token_s),
+            np.array(self.finish_s),
+            np.array(self.tokens),
+            np.array(self.replica),
         )
-
-
-def _floats(values: array[float]) -> NDArray[np.float64]:
-    return np.array(values, dtype=np.float64)
-
-
-def _whole(values: array[int]) -> NDArray[np.int64]:
-    return np.array(values, dtype=np.int64)

@@ -22,6 +22,7 @@ from pals_ray.models.physics.stepper import GroupStepper
 from pals_ray.simulation.engine.energy_meter import Meter
 from pals_ray.simulation.engine.group_cap import GroupCap
 from pals_ray.simulation.engine.request_log import ModelLog, bucket, fine_bucket
+from pals_ray.simulation.setting import SimModel
 from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry
 
 _LONGEST_RUN = 16
@@ -35,35 +36,30 @@ class Engine:
         log: ModelLog,
         stepper: GroupStepper,
         meter: Meter,
+        model: SimModel,
         *,
         number: int,
-        max_batch: int,
-        step_tokens: int,
-        kv_tokens: int,
-        cap_w: float,
         node_factor: float,
         time_scale: float,
     ) -> None:
         """`number` is written into the log as the replica; `node_factor` node watts per GPU watt for the meter."""
-        self.max_batch = max_batch
-        self.cap = GroupCap(cap_w, stepper.gpu.max_limit_w)
-        self.batch_limit = max_batch
+        fixed = model.fixed
+        self.max_batch = model.max_batch
+        self.batch_limit = min(fixed.batch_limit, model.max_batch) if fixed else model.max_batch
+        self.cap = GroupCap(fixed.cap_w if fixed else stepper.gpu.min_limit_w, stepper.gpu.max_limit_w)
         self.waiting: deque[int] = deque()
-        self.preemptions = 0
-        self.generated = 0
-        self.prompted = 0
-        self.finished = 0
-        self.energy_j = 0.0
-        self.busy_s = 0.0
-        self.binding_s = 0.0
+        # Requests that did not fit into the last step begun, as vLLM counts them: without those that came since.
+        self.queued = 0
+        self.preemptions = self.generated = self.prompted = self.finished = 0
+        self.energy_j = self.binding_s = 0.0
         self.ttft_counts = [0] * (len(LATENCY_EDGES_S) + 1)
         self.itl_counts = [0] * (len(LATENCY_EDGES_S) + 1)
         self._log = log
         self._stepper = stepper
         self._meter = meter
         self._number = number
-        self._step_tokens = step_tokens
-        self._kv_tokens = kv_tokens
+        self._step_tokens = model.step_tokens
+        self._kv_tokens = model.kv_capacity_tokens
         self._node_factor = node_factor
         self._scale = time_scale
         self._idle_w = stepper.gpu.idle_context_w * stepper.num_gpus
@@ -73,24 +69,18 @@ class Engine:
         # Decoding: at which step of `_count` each ends, a heap of the same, and their cached tokens together.
         self._ends: dict[int, int] = {}
         self._next_ends: list[tuple[int, int]] = []
-        self._count = 0
-        self._decode_kv = 0
-        self._reserved_kv = 0
+        self._count = self._decode_kv = self._reserved_kv = 0
         # Preempted: tokens generated before, and when the last of them came.
         self._resumed: dict[int, tuple[int, float]] = {}
         # The run under way: `_left` steps of `_step_s` each, the first from `_start_s`; `_pace_s` is how long the whole
-        # step would take at the present cap. All is booked up to `_booked_s`.
+        # step would take at the present cap. All energy is counted up to `_booked_s`.
         self._left = 0
-        self._start_s = 0.0
-        self._step_s = 0.0
-        self._pace_s = 0.0
-        self._booked_s = 0.0
+        self._start_s = self._step_s = self._pace_s = self._booked_s = 0.0
         self._work = (0, 0.0, 0, 0.0)
-        self._power_w = self._idle_w
-        self._binding = 0.0
+        # Draw of the group now, W, and the share of its GPUs whose cap holds the clock down.
+        self.power_w, self.binding = self._idle_w, 0.0
         self._buckets = (0, 0)
         self._chunks: list[tuple[int, int]] = []
-        self._queued = 0
         self._dead = False
 
     # -- what others call ------------------------------------------------------------------------------------------
@@ -106,25 +96,9 @@ class Engine:
         return len(self._running) + len(self.waiting)
 
     @property
-    def queued(self) -> int:
-        """Requests that the last step begun could not let in, as vLLM counts them: those that came since wait too, but
-        for that step alone."""
-        return self._queued
-
-    @property
     def kv_use(self) -> float:
         """Share of the KV cache in use."""
         return self._reserved_kv / self._kv_tokens
-
-    @property
-    def power_w(self) -> float:
-        """Draw of the group now, W."""
-        return self._power_w
-
-    @property
-    def binding(self) -> float:
-        """Share of the GPUs whose cap holds the clock down now."""
-        return self._binding
 
     @property
     def quiet_until_s(self) -> float:
@@ -167,7 +141,7 @@ class Engine:
         self.advance(now_s)
         self.cap.order(cap_w, now_s)
         if self._left:
-            if self._binding == 0.0 and cap_w >= self.cap.effective_w:
+            if self.binding == 0.0 and cap_w >= self.cap.effective_w:
                 self.cap.arrive()
             else:
                 self._change_pace(now_s)
@@ -185,7 +159,7 @@ class Engine:
         return EngineTelemetry(
             time_s=now_s,
             running=len(self._running),
-            waiting=self._queued,
+            waiting=self.queued,
             kv_use=self.kv_use,
             prompt_tokens=self.prompted,
             generation_tokens=self.generated,
@@ -206,15 +180,15 @@ class Engine:
         self._prefill.clear()
         self._ends.clear()
         self._next_ends.clear()
-        self._decode_kv = self._reserved_kv = self._left = self._queued = 0
-        self._power_w = self._idle_w = self._binding = 0.0
+        self._decode_kv = self._reserved_kv = self._left = self.queued = 0
+        self.power_w = self._idle_w = self.binding = 0.0
         self._dead = True
         for request in lost:
             self._log.tokens[request] = 0
         return lost
 
     def settle(self) -> None:
-        """Write down how far the requests under way have come."""
+        """Record how many tokens the requests under way have so far."""
         for request, end in self._ends.items():
             self._log.tokens[request] = self._log.output[request] - (end - self._count)
         for request, (tokens, _) in self._resumed.items():
@@ -252,7 +226,7 @@ class Engine:
             budget -= tokens
             attended += tokens * tokens / 2.0
             chunks.append((request, tokens))
-        self._chunks, self._queued = chunks, len(self.waiting)
+        self._chunks, self.queued = chunks, len(self.waiting)
         if chunks:
             prefill = sum(tokens for _, tokens in chunks)
             self._run(now_s, 1, prefill, attended / prefill, decodes)
@@ -264,13 +238,13 @@ class Engine:
             self._run(now_s, max(steps, 1) if self.cap.next_s == inf else 1, 0, 0.0, decodes)
         else:
             self._left = 0
-            self._power_w, self._binding = self._idle_w, 0.0
+            self.power_w, self.binding = self._idle_w, 0.0
 
     def _run(self, now_s: float, steps: int, prefill: int, context: float, decodes: int) -> None:
         """Begin a run of equal steps; its KV cache is that of the middle one."""
         kv = self._decode_kv + decodes * (1.0 + (steps - 1) / 2.0)
         self._work = (prefill, context, decodes, kv)
-        step_s, self._power_w, self._binding = self._stepper.step(prefill, context, decodes, kv, self.cap.effective_w)
+        step_s, self.power_w, self.binding = self._stepper.step(prefill, context, decodes, kv, self.cap.effective_w)
         self._step_s = self._pace_s = step_s * self._scale
         self._start_s, self._left = now_s, steps
         self._buckets = (bucket(self._step_s), fine_bucket(self._step_s))
@@ -279,7 +253,7 @@ class Engine:
         """The cap in effect has moved: the rest of the step under way goes on at another pace."""
         self._book(now_s)
         pace_s = self._pace_s
-        new_s, self._power_w, self._binding = self._stepper.step(*self._work, self.cap.effective_w)
+        new_s, self.power_w, self.binding = self._stepper.step(*self._work, self.cap.effective_w)
         self._pace_s = new_s * self._scale
         self._step_s = now_s - self._start_s + (self._start_s + self._step_s - now_s) * self._pace_s / pace_s
         self._left = 1
@@ -365,13 +339,12 @@ class Engine:
         self.preemptions += 1
 
     def _book(self, now_s: float) -> None:
-        """Book energy up to a time, at the present draw."""
+        """Count energy up to a time, at the present draw."""
         passed_s = now_s - self._booked_s
         if passed_s <= 0.0:
             return
-        self.energy_j += self._power_w * passed_s
+        self.energy_j += self.power_w * passed_s
         if self._left:
-            self.busy_s += passed_s
-            self.binding_s += self._binding * passed_s
-        self._meter.add(self._booked_s, now_s, self._power_w * self._node_factor)
+            self.binding_s += self.binding * passed_s
+        self._meter.add(self._booked_s, now_s, self.power_w * self._node_factor)
         self._booked_s = now_s

@@ -1,4 +1,4 @@
-"""What came of a run: every request, every replica over time, energy, violations, and how the budget was kept."""
+"""The result of a run: every request, every replica over time, energy, violations, and how the budget was kept."""
 
 from __future__ import annotations
 
@@ -48,13 +48,6 @@ class RequestOutcomes:
         """(n,) time to first token, s."""
         return self.first_token_s - self.arrival_s
 
-    @property
-    def mean_itl_s(self) -> FloatArray:
-        """(n,) mean inter-token latency of each finished request, s; nan for those of one token."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            gaps = np.where(self.output_tokens > 1, self.output_tokens - 1, np.nan)
-            return np.asarray((self.finish_s - self.first_token_s) / gaps)
-
 
 @dataclass(frozen=True, slots=True)
 class QosInterval:
@@ -66,8 +59,7 @@ class QosInterval:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ModelResult:
-    """One model over the run. `itl_counts` are all inter-token latencies over
-    `FINE_EDGES_S`."""
+    """One model over the run. `itl_counts` is the histogram of all inter-token latencies over `FINE_EDGES_S`."""
 
     name: str
     target: Target
@@ -86,22 +78,17 @@ class ReplicaResult:
     """One replica. Series have the length of `RunResult.time_s`.
 
     `energy_j` and `power_w` are GPU watts of the group (`power_w`: mean over the interval before), `cap_w` the limit
-    ordered on each GPU, `binding` the share of the interval in which it held the clock down. `cap_changes` and
-    `batch_changes` count orders that changed something, `decisions` the controller's beats that did.
+    ordered on each GPU, `binding` the share of the interval in which it held the clock down. `cap_changes` counts
+    changes of that limit, `decisions` the beats at which the controller changed the cap or the batch limit.
     """
 
     replica_id: str
     model: str
-    node: str
-    num_gpus: int
     energy_j: float
-    busy_s: float
     tokens: int
-    prompt_tokens: int
     preemptions: int
     decisions: int
     cap_changes: int
-    batch_changes: int
     power_w: Series
     cap_w: Series
     batch_limit: Series
@@ -129,7 +116,7 @@ class RunResult:
 
     `power_w` is GPU watts of all managed GPUs, `node_power_w` what budgets speak of (overhead included); `budget_w`
     includes the reserve, `charge_w` what the limits in force occupy. `over_budget_s` and `over_budget_max_w` are of
-    drawn node watts in bins of `meter_s` s; `charge_over_s` is how long the charge was over the budget, which cuts
+    drawn node watts in bins of `METER_S`; `charge_over_s` is how long the charge was over the budget, which cuts
     alone may cause. `stranded_w` is the mean charge that nobody drew. `target_w` is what a followed signal asked for
     (None without one).
     """
@@ -146,22 +133,10 @@ class RunResult:
     energy_j: float
     node_energy_j: float
     tokens: int
-    meter_s: float
     over_budget_s: float
     over_budget_max_w: float
     charge_over_s: float
     stranded_w: float
     cuts: tuple[Cut, ...]
     grants: int
-    divisions: int
     notes: tuple[str, ...] = ()
-
-    @property
-    def tokens_per_joule(self) -> float:
-        """Output tokens per J at node level."""
-        return self.tokens / self.node_energy_j if self.node_energy_j else 0.0
-
-    @property
-    def tokens_per_joule_gpu(self) -> float:
-        """Output tokens per J of the GPUs alone."""
-        return self.tokens / self.energy_j if self.energy_j else 0.0

@@ -14,7 +14,8 @@ from pals_ray.models.physics.stepper import GroupStepper
 from pals_ray.simulation.engine.energy_meter import Meter
 from pals_ray.simulation.engine.request_log import ModelLog
 from pals_ray.simulation.engine.scheduler import Engine
-from pals_ray.simulation.setting import Requests
+from pals_ray.simulation.traces import Trace
+from pals_ray.types import OperatingPoint
 
 from .worlds import served
 
@@ -23,21 +24,12 @@ def make_engine(prompts, outputs, arrivals=None, *, max_batch=64, kv_tokens=100_
     """An engine, its log, and its physics."""
     n = len(prompts)
     arrival_s = np.zeros(n) if arrivals is None else np.array(arrivals, dtype=float)
-    log = ModelLog(Requests(arrival_s, np.array(prompts), np.array(outputs)))
-    physics = served().physics
-    engine = Engine(
-        log,
-        GroupStepper(physics, [1.0]),
-        Meter(10_000.0),
-        number=0,
-        max_batch=max_batch,
-        step_tokens=step_tokens,
-        kv_tokens=kv_tokens,
-        cap_w=cap_w,
-        node_factor=1.0,
-        time_scale=1.0,
-    )
-    return engine, log, physics
+    log = ModelLog(Trace(arrival_s, np.array(prompts), np.array(outputs), float(arrival_s[-1])))
+    point = OperatingPoint(cap_w, max_batch)
+    model = served(max_batch=max_batch, step_tokens=step_tokens, kv_tokens=kv_tokens, fixed=point)
+    stepper = GroupStepper(model.physics, [1.0])
+    engine = Engine(log, stepper, Meter(10_000.0), model, number=0, node_factor=1.0, time_scale=1.0)
+    return engine, log, model.physics
 
 
 def submit(engine, log, count=None):

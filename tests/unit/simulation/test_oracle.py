@@ -8,11 +8,16 @@ from pals_ray.control.snapshot import Overhead
 from pals_ray.models.physics.roofline import RooflineModel, Workload
 from pals_ray.models.physics.step_cost import GroupPhysics
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
-from pals_ray.simulation.oracle import Limits, candidates, least_cap_w, steady_state
-from pals_ray.types import OperatingPoint
+from pals_ray.simulation.oracle import candidates, least_cap_w, steady_state
+from pals_ray.types import OperatingPoint, Target
 
-LIMITS = Limits(1.25, 2.0)
 TOP = OperatingPoint(400.0, 64)
+
+
+def limits_at_top(replica, demand):
+    """1.25 times the p99 ITL and twice the p99 TTFT of the highest cap."""
+    top = steady_state(replica, TOP, demand)
+    return Target(itl_p99_s=1.25 * top.itl_p99_s, ttft_p99_s=2.0 * top.ttft_p99_s)
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +39,13 @@ def test_a_steady_replica_runs_the_batch_that_its_demand_implies(replica, full):
 
 def test_more_than_a_point_serves_is_not_steady(replica, full):
     assert not steady_state(replica, TOP, 1.01 * full).stable
-    assert least_cap_w(replica, 64, 1.01 * full, steady_state(replica, TOP, full * 0.9), LIMITS) is None
+    assert least_cap_w(replica, 64, 1.01 * full, limits_at_top(replica, full * 0.9)) is None
 
 
 def test_the_least_cap_keeps_the_limits_and_one_watt_less_does_not(replica, full):
     demand = 0.7 * full
     top = steady_state(replica, TOP, demand)
-    cap_w = least_cap_w(replica, 64, demand, top, LIMITS)
+    cap_w = least_cap_w(replica, 64, demand, limits_at_top(replica, demand))
     assert 100 < cap_w < 400
 
     def kept(watts):
@@ -53,12 +58,12 @@ def test_the_least_cap_keeps_the_limits_and_one_watt_less_does_not(replica, full
 
 def test_candidates_come_cheapest_first_and_save_over_the_top(replica, full):
     overhead = Overhead(334.0, 0.06)
-    found = candidates(replica, 64, 0.7 * full, LIMITS, overhead, 4)
-    watts = [candidate.node_w for candidate in found]
+    found = candidates(replica, 64, 0.7 * full, limits_at_top(replica, 0.7 * full), overhead, 4)
+    watts = [node_w for node_w, _ in found]
     assert watts == sorted(watts)
     top_w = overhead.charge_w(steady_state(replica, TOP, 0.7 * full).power_w, 2, 4)
     assert watts[0] < 0.85 * top_w
-    assert all(candidate.point.batch_limit in (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64) for candidate in found)
+    assert all(point.batch_limit in (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64) for _, point in found)
 
 
 def test_an_idle_replica_draws_little_more_than_idle(replica):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pals_ray.models.physics.roofline import RooflineModel, Workload
-from pals_ray.simulation.setting import Requests
+from pals_ray.simulation.traces import Trace
 from pals_ray.types import OperatingPoint
 
 from .worlds import poisson, run_fixed, served
@@ -16,11 +16,11 @@ FULL = OperatingPoint(400.0, 64)
 
 @pytest.mark.parametrize("load", [0.3, 0.6, 0.85])
 def test_one_at_a_time_with_equal_prompts_waits_as_an_m_d_1_queue_does(load):
-    work = Requests(np.zeros(1), np.full(1, 512), np.ones(1, dtype=int))
+    work = Trace(np.zeros(1), np.full(1, 512), np.ones(1, dtype=int), 1.0)
     service_s = run_fixed(FULL, work, max_batch=1).models["m"].requests.ttft_s[0]
     n = 60_000
     arrival_s = np.cumsum(np.random.default_rng(4).exponential(service_s / load, n))
-    requests = Requests(arrival_s, np.full(n, 512), np.ones(n, dtype=int))
+    requests = Trace(arrival_s, np.full(n, 512), np.ones(n, dtype=int), float(arrival_s[-1]))
     result = run_fixed(FULL, requests, duration_s=float(arrival_s[-1]) + 60.0, max_batch=1)
     waited_s = result.models["m"].requests.ttft_s - service_s
     # Pollaczek-Khinchine for a service time that does not vary.

@@ -12,26 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pals_ray.control.budget.moving_budget import FollowedSignal, ScheduledBudget
 from pals_ray.control.budget.regulation import synthetic_signal
-from pals_ray.control.budget.schedule import Entry, Schedule
+from pals_ray.control.budget.schedule import Entry
 from pals_ray.control.budget.signal_following import Following
 from pals_ray.control.snapshot import Overhead
 from pals_ray.errors import InfeasibleBudget
-from pals_ray.simulation.collect import collect
 from pals_ray.simulation.run import Run
 from pals_ray.simulation.setting import (
     AgentSilent,
-    ConstantBudget,
-    FollowedSignal,
     ManagerDown,
     Messages,
     NodeDeath,
-    Requests,
-    ScheduledBudget,
     SimNode,
     SimulationError,
 )
-from pals_ray.simulation.simulate import simulate
+from pals_ray.simulation.simulate import collect, simulate
+from pals_ray.simulation.traces import Trace
 from pals_ray.types import OperatingPoint, Target
 from policies import static, uniform
 
@@ -39,7 +36,10 @@ from .worlds import fleet_setting, poisson, served
 
 #: From a cut of the budget until every cap is in force: two messages, a call to the driver under way, and the own.
 SETTLE_S = 0.1
-CUTS = ScheduledBudget(Schedule((Entry(20.0, 40.0, 420.0), Entry(55.0, 70.0, 300.0, ramp_s=5.0))), 800.0)
+CUTS = {
+    "budget_w": 800.0,
+    "plan": ScheduledBudget((Entry(20.0, 40.0, 420.0), Entry(55.0, 70.0, 300.0, ramp_s=5.0))),
+}
 
 
 def fingerprint(result):
@@ -55,7 +55,7 @@ def fingerprint(result):
 
 
 def test_the_same_seed_gives_the_same_result_to_the_last_digit_and_another_seed_does_not():
-    setting = fleet_setting(replicas=3, budget=CUTS, duration_s=30.0, seed=7, messages=Messages(lost=0.05))
+    setting = fleet_setting(replicas=3, **CUTS, duration_s=30.0, seed=7, messages=Messages(lost=0.05))
     requests = {"m": poisson(15.0, 30.0, seed=1)}
     first = fingerprint(simulate(setting, requests))
     assert first == fingerprint(simulate(setting, requests))
@@ -90,7 +90,7 @@ def test_what_is_charged_stays_within_the_budget_at_every_event_but_for_settling
     # With a third of the messages lost a cut may wait for the answer to the next beat that gets through.
     settle_s = SETTLE_S if not lost else 10.0
     more = {} if policy is None else {"policy": policy}
-    setting = fleet_setting(replicas=2, budget=CUTS, duration_s=80.0, messages=Messages(lost=lost), **more)
+    setting = fleet_setting(replicas=2, **CUTS, duration_s=80.0, messages=Messages(lost=lost), **more)
     run = Run(setting, {"m": poisson(14.0, 80.0, seed=3)})
     fell_s, before_w = -math.inf, 800.0
     events = run.events
@@ -118,7 +118,7 @@ def test_what_is_charged_stays_within_the_budget_at_every_event_but_for_settling
 
 def test_a_constant_budget_is_never_exceeded_by_a_charge():
     result = simulate(
-        fleet_setting(replicas=4, budget=ConstantBudget(900.0), duration_s=60.0),
+        fleet_setting(replicas=4, budget_w=900.0, duration_s=60.0),
         {"m": poisson(80.0, 60.0, seed=2)},
     )
     assert result.charge_over_s == 0.0
@@ -128,7 +128,7 @@ def test_a_constant_budget_is_never_exceeded_by_a_charge():
 
 
 def test_all_that_arrived_finished_runs_or_waits():
-    result = simulate(fleet_setting(duration_s=40.0, budget=ConstantBudget(400.0)), {"m": poisson(14.0, 40.0, seed=2)})
+    result = simulate(fleet_setting(duration_s=40.0, budget_w=400.0), {"m": poisson(14.0, 40.0, seed=2)})
     requests = result.models["m"].requests
     finished = np.isfinite(requests.finish_s)
     begun = np.isfinite(requests.first_token_s)
@@ -144,7 +144,7 @@ def test_energy_at_both_boundaries_is_the_integral_of_the_series():
     overhead = Overhead(300.0, 0.2)
     setting = fleet_setting(replicas=2, overhead=overhead, duration_s=30.0)
     node = replace(setting.fleet.nodes[0], num_gpus=4)
-    setting = replace(setting, fleet=replace(setting.fleet, nodes=(node,)), budget=ConstantBudget(2300.0))
+    setting = replace(setting, fleet=replace(setting.fleet, nodes=(node,)), budget_w=2300.0)
     result = simulate(setting, {"m": poisson(5.0, 30.0, seed=2)})
     assert result.energy_j == pytest.approx(result.power_w.sum() * 0.5, rel=1e-6)
     assert result.node_energy_j == pytest.approx(300.0 * 30.0 + 1.2 * result.energy_j, rel=1e-9)
@@ -185,9 +185,7 @@ def test_a_silent_agent_goes_to_its_fail_safe_cap_and_comes_back():
 
 
 def test_a_new_manager_takes_over_and_divides_again_without_passing_the_budget():
-    setting = fleet_setting(
-        replicas=3, duration_s=40.0, budget=ConstantBudget(800.0), failures=(ManagerDown(10.0, 3.0),)
-    )
+    setting = fleet_setting(replicas=3, duration_s=40.0, budget_w=800.0, failures=(ManagerDown(10.0, 3.0),))
     result = simulate(setting, {"m": poisson(60.0, 40.0, seed=2)})
     assert result.charge_over_s == 0.0
     assert result.charge_w.max() <= 800.0
@@ -201,7 +199,7 @@ def test_when_a_node_dies_its_requests_are_served_elsewhere_and_its_watts_stop()
     setting = replace(
         setting,
         fleet=replace(setting.fleet, nodes=nodes),
-        budget=ConstantBudget(1000.0),
+        budget_w=1000.0,
         failures=(NodeDeath("a", 20.0),),
     )
     offered = poisson(6.0, 30.0, seed=2)
@@ -217,9 +215,9 @@ def test_when_a_node_dies_its_requests_are_served_elsewhere_and_its_watts_stop()
 
 def test_a_followed_signal_is_followed():
     following = Following(base_w=420.0, range_w=70.0, ceiling_w=800.0)
-    setting = fleet_setting(
-        duration_s=180.0, budget=FollowedSignal(following, synthetic_signal(180.0, seed=1)), policy=uniform.allocate
-    )
+    signal = synthetic_signal(180.0, seed=1)
+    plan = FollowedSignal(following, tuple(signal.time_s.tolist()), tuple(signal.value.tolist()), 0.0)
+    setting = fleet_setting(duration_s=180.0, plan=plan, policy=uniform.allocate)
     result = simulate(setting, {"m": poisson(40.0, 180.0, seed=2)})
     late = result.time_s > 30.0
     error = np.abs(result.node_power_w - result.target_w)[late].mean() / result.target_w[late].mean()
@@ -230,9 +228,9 @@ def test_a_followed_signal_is_followed():
 def test_what_cannot_be_is_refused_with_what_would_help():
     requests = {"m": poisson(1.0, 5.0, seed=1)}
     with pytest.raises(InfeasibleBudget, match="needed"):
-        simulate(fleet_setting(budget=ConstantBudget(150.0)), requests)
+        simulate(fleet_setting(budget_w=150.0), requests)
     with pytest.raises(SimulationError, match="KV cache"):
-        simulate(fleet_setting(served(kv_tokens=100)), {"m": Requests(np.zeros(1), np.array([90]), np.array([20]))})
+        simulate(fleet_setting(served(kv_tokens=100)), {"m": Trace(np.zeros(1), np.array([90]), np.array([20]), 1.0)})
     with pytest.raises(SimulationError, match="does not serve"):
         simulate(fleet_setting(), {"other": requests["m"]})
     other = replace(served(), name="n", fixed=OperatingPoint(400.0, 8))

@@ -7,8 +7,9 @@ import numpy as np
 from pals_ray.control.snapshot import Overhead
 from pals_ray.models.physics.roofline import Workload
 from pals_ray.models.specs import Parallelism
-from pals_ray.simulation.setting import ConstantBudget, Requests, SimFleet, SimModel, SimNode, SimSetting
+from pals_ray.simulation.setting import SimFleet, SimModel, SimNode, SimSetting
 from pals_ray.simulation.simulate import simulate
+from pals_ray.simulation.traces import Trace
 from policies import pals
 
 
@@ -18,8 +19,8 @@ def poisson(rate_per_s, duration_s, seed, prompt=256, output=200, spread=True):
     n = rng.poisson(rate_per_s * duration_s)
     arrival_s = np.sort(rng.uniform(0.0, duration_s, n))
     if not spread:
-        return Requests(arrival_s, np.full(n, prompt), np.full(n, output))
-    return Requests(arrival_s, rng.geometric(1 / prompt, n), rng.geometric(1 / output, n))
+        return Trace(arrival_s, np.full(n, prompt), np.full(n, output), duration_s)
+    return Trace(arrival_s, rng.geometric(1 / prompt, n), rng.geometric(1 / output, n), duration_s)
 
 
 def served(spec="Llama-3.1-8B", gpu="A100-SXM", tensor=1, **more):
@@ -29,18 +30,18 @@ def served(spec="Llama-3.1-8B", gpu="A100-SXM", tensor=1, **more):
 
 
 def fleet_setting(
-    *models, replicas=2, budget=None, policy=pals.allocate, duration_s=60.0, overhead=None, reserve_w=0.0, **more
+    *models, replicas=2, budget_w=None, policy=pals.allocate, duration_s=60.0, overhead=None, reserve_w=0.0, **more
 ):
     """One node with `replicas` of each model; the budget is what all at their highest caps take, unless told."""
     models = models or (served(),)
     overhead = overhead or Overhead()
     gpus = sum(model.parallelism.num_gpus for model in models) * replicas
     node = SimNode("n0", models[0].gpu, gpus, tuple(m.name for m in models for _ in range(replicas)), overhead=overhead)
-    if budget is None:
-        budget = ConstantBudget(overhead.charge_w(gpus * models[0].physics.gpu.max_limit_w, gpus, gpus) + reserve_w)
+    if budget_w is None:
+        budget_w = overhead.charge_w(gpus * models[0].physics.gpu.max_limit_w, gpus, gpus) + reserve_w
     return SimSetting(
         fleet=SimFleet((node,), models, reserve_w=reserve_w),
-        budget=budget,
+        budget_w=budget_w,
         policy=policy,
         duration_s=duration_s,
         **more,
