@@ -48,9 +48,12 @@ class SiliconConstants:
     cap_margin: float
 
 
-_ROWS = {row.pop("gpu"): row for row in read_table("silicon_constants.json")}
-_PROVENANCE: dict[str, str] = {name: row.pop("provenance") for name, row in _ROWS.items()}
-CONSTANTS: dict[str, SiliconConstants] = {name: SiliconConstants(**row) for name, row in _ROWS.items()}
+def _row(gpu: str, provenance: str, **constants: float) -> tuple[str, SiliconConstants]:
+    return provenance, SiliconConstants(**constants)
+
+
+_ROWS = read_table("silicon_constants.json", _row)
+CONSTANTS = {name: constants for name, (_, constants) in _ROWS.items()}
 
 
 def constants_for(gpu: str) -> SiliconConstants:
@@ -60,4 +63,4 @@ def constants_for(gpu: str) -> SiliconConstants:
 
 def provenance_of(gpu: str) -> str:
     """Which data a GPU type's constants came from, in a sentence. Raises `UnknownSpecError`."""
-    return _PROVENANCE[find_gpu(gpu).name]
+    return _ROWS[find_gpu(gpu).name][0]
