@@ -77,16 +77,9 @@ def log_errors(constants: SiliconConstants, curves: Sequence[Curve]) -> FloatArr
     for c in curves:
         gpu = find_gpu(c.gpu)
         model = RooflineModel(GroupPhysics(gpu, find_model(c.model_id), c.parallelism, constants))
-        said = model.predict(gpu.max_limit_w, c.batch)
-        out.append(
-            np.log(
-                [
-                    said.throughput_tokens_per_s / c.throughput_tokens_per_s,
-                    said.power_w / c.power_w,
-                    said.itl_p50_s / c.itl_p50_s,
-                ]
-            )
-        )
+        predicted = model.predict(gpu.max_limit_w, c.table.batch).floats()[:3]
+        measured = (c.table.throughput_tokens_per_s, c.table.power_w, c.table.latency["itl_p50_s"])
+        out.append(np.log(np.divide(predicted, measured)))
     return np.concatenate(out, axis=1)
 
 
@@ -130,10 +123,10 @@ def _cap_residuals(gpu: str, c: SiliconConstants) -> FloatArray:
 
 def _residuals(gpu: str, curves: Sequence[Curve]) -> Callable[[SiliconConstants], FloatArray]:
     # The constants must suit families not seen yet, so each family weighs the same, however many rows it has.
-    points = {f: sum(len(c.batch) for c in curves if c.family == f) for f in {c.family for c in curves}}
+    points = {f: sum(len(c.table) for c in curves if c.family == f) for f in {c.family for c in curves}}
     mean_points = sum(points.values()) / max(len(points), 1)
     weight = np.concatenate(
-        [np.full(len(c.batch), np.sqrt(mean_points / points[c.family])) for c in curves] or [np.empty(0)]
+        [np.full(len(c.table), np.sqrt(mean_points / points[c.family])) for c in curves] or [np.empty(0)]
     )
 
     def residuals(c: SiliconConstants) -> FloatArray:
@@ -153,7 +146,7 @@ def fit_serving(curves: Sequence[Curve]) -> dict[str, SiliconConstants]:
     gpus = ("H100-SXM", "B200")
     n = len(_FITTED)
     residuals = {gpu: _residuals(gpu, [c for c in curves if c.gpu == gpu]) for gpu in gpus}
-    common, own = np.zeros(n), {gpu: np.zeros(n) for gpu in gpus}
+    common, own = np.zeros(n), np.zeros((len(gpus), n))
     for _ in range(_ITERATIONS):
         size = n * (1 + len(gpus))
         hessian, gradient = np.zeros((size, size)), np.zeros(size)
@@ -164,7 +157,7 @@ def fit_serving(curves: Sequence[Curve]) -> dict[str, SiliconConstants]:
             def f(x: FloatArray, gpu: str = gpu) -> FloatArray:
                 return residuals[gpu](_moved(_START, _FITTED, x))
 
-            x = common + own[gpu]
+            x = common + own[i - 1]
             r = f(x)
             jacobian = _slopes(f, x, r)
             curvature, pull = jacobian.T @ jacobian, jacobian.T @ r
@@ -174,13 +167,12 @@ def fit_serving(curves: Sequence[Curve]) -> dict[str, SiliconConstants]:
             hessian[block, :n] += curvature
             hessian[block, block] += curvature + np.diag(1.0 / _DEVIATION**2)
             gradient[:n] += pull
-            gradient[block] += pull + own[gpu] / _DEVIATION**2
+            gradient[block] += pull + own[i - 1] / _DEVIATION**2
         move = -np.linalg.solve(hessian, gradient)
         move *= min(1.0, 1.0 / float(np.abs(move).max()))
-        common = common + move[:n]
-        for i, gpu in enumerate(gpus, start=1):
-            own[gpu] = own[gpu] + move[n * i : n * (i + 1)]
-    return {gpu: fit_cap_law(gpu, _moved(_START, _FITTED, common + own[gpu])) for gpu in gpus}
+        common, own = common + move[:n], own + move[n:].reshape(own.shape)
+    found = zip(gpus, common + own, strict=True)
+    return {gpu: fit_cap_law(gpu, _moved(_START, _FITTED, x)) for gpu, x in found}
 
 
 def fit_cap_law(gpu: str, serving: SiliconConstants) -> SiliconConstants:
@@ -215,7 +207,7 @@ V100_COMPUTE = StepWork(prefill_tokens=8192, prefill_context_tokens=512)
 V100_MEMORY = StepWork(decode_seqs=8, kv_tokens=8 * 512)
 
 
-def fit_v100(serving: SiliconConstants, e1: Mapping[str, Sequence[tuple[float, float, float]]]) -> SiliconConstants:
+def fit_v100(serving: SiliconConstants, e1: Mapping[str, FloatArray]) -> SiliconConstants:
     """V100's power law from E1's compute- and memory-bound kernels; how it serves models is H100's (transferred)."""
     gpu = find_gpu("V100-SXM2")
     works = {"matmul_compute_bound": V100_COMPUTE, "inference_memory_bound": V100_MEMORY}
@@ -224,7 +216,7 @@ def fit_v100(serving: SiliconConstants, e1: Mapping[str, Sequence[tuple[float, f
         physics = GroupPhysics(gpu, find_model("Llama-3.1-8B"), Parallelism(), _moved(serving, _POWER_LAW, x))
         parts = []
         for kernel, work in works.items():
-            points = np.array(e1[kernel])
+            points = e1[kernel]
             steps = np.array([physics.locked_step(work, mhz / gpu.max_sm_clock_mhz) for mhz in points[:, 0]])
             parts.append(np.log(steps[:, 1] / points[:, 1]) / 0.03)
             rate = np.log(1.0 / steps[:, 0] / points[:, 2])

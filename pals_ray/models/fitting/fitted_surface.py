@@ -7,7 +7,7 @@ import numpy as np
 from pals_ray.models.fitting.fit import Posterior
 from pals_ray.models.fitting.form import Shape
 from pals_ray.models.fitting.sample_checks import LATENCY_COLUMNS, SampleTable, check_enough
-from pals_ray.models.fitting.smooth import LogRatio
+from pals_ray.models.fitting.smooth import smooth_log_ratio
 from pals_ray.models.fitting.step_times import StepTimes
 from pals_ray.models.lookup import FitReport, SurfaceModel, knots
 from pals_ray.models.power_model import FloatArray, PowerModel
@@ -111,7 +111,8 @@ def _latency_logs(
             median = name.replace("p99", "p50")
             seen = measured.get(median, expected[median])
             start = start + np.where(np.isfinite(seen), seen, expected[median])
-        out[name] = out[name] + LogRatio(values - start, log2_there, shape_there.log_depth).at(log2, shape.log_depth)
+        there, here = (log2_there, shape_there.log_depth), (log2, shape.log_depth)
+        out[name] = out[name] + smooth_log_ratio(values - start, there, here)
     itl, itl_tail, ttft, ttft_tail = out.values()
     steps = StepTimes.of(posterior)
     if steps is not None:
