@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,33 +21,8 @@ from pals_ray.models.physics.step_cost import GroupPhysics, StepWork
 from pals_ray.models.power_model import FloatArray
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
 
-# Where the fit starts, and how far a constant may plausibly lie from there (std of its log; None: not fitted).
-_PRIOR: dict[str, tuple[float, float | None]] = {
-    "memory_efficiency": (0.8, 0.08),
-    "compute_efficiency": (0.7, 0.1),
-    "overlap": (3.0, 0.15),
-    "fabric_knee": (0.5, 0.15),
-    "fabric_sharpness": (4.0, None),
-    "activation_passes": (25.0, 0.4),
-    "step_overhead_s": (1e-3, 0.5),
-    "layer_overhead_s": (30e-6, 0.4),
-    "prefill_layer_overhead_s": (100e-6, 0.4),
-    "expert_layer_overhead_s": (100e-6, 0.4),
-    "sequence_overhead_s": (40e-6, 0.5),
-    "all_reduce_latency_s": (15e-6, 0.4),
-    "link_efficiency": (0.6, 0.2),
-    "expert_imbalance": (1.3, 0.15),
-    "clock_exponent": (2.4, 0.1),
-    "active_power": (0.1, 0.4),
-    "busy_power": (0.15, 0.3),
-    "compute_power": (0.8, 0.3),
-    "fabric_power": (0.3, 0.3),
-    "dram_power": (0.2, 0.3),
-    "occupancy_power": (0.2, 0.5),
-    "cap_margin": (0.025, None),
-}
-_START = SiliconConstants(**{name: start for name, (start, _) in _PRIOR.items()})
-_SPREAD = {name: spread for name, (_, spread) in _PRIOR.items() if spread is not None}
+_START = SiliconConstants(**{constant.name: constant.metadata["start"] for constant in fields(SiliconConstants)})
+_SPREAD = {c.name: c.metadata["spread"] for c in fields(SiliconConstants) if c.metadata["spread"] is not None}
 _FITTED = tuple(_SPREAD)
 _CAP_LAW = ("clock_exponent", "active_power", "busy_power", "occupancy_power", "compute_power", "fabric_knee")
 _POWER_LAW = (*(name for name in _FITTED if name.endswith("_power")), "fabric_knee", "clock_exponent")

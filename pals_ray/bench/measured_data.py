@@ -52,14 +52,10 @@ class Curve:
     """One served configuration of the ML.ENERGY file, swept over batch at the GPU's default limit."""
 
     model_id: str
+    family: str
     gpu: str
     parallelism: Parallelism
     table: SampleTable
-
-    @property
-    def family(self) -> str:
-        """The family of its model."""
-        return find_model(self.model_id).family
 
 
 def load_mlenergy(path: Path) -> list[Curve]:
@@ -75,7 +71,7 @@ def load_mlenergy(path: Path) -> list[Curve]:
         gpu = find_gpu(gpu_model)
         cap_w = np.full(len(batch), gpu.default_limit_w)
         table = SampleTable(cap_w, batch, throughput, power_w, num_gpus, {"itl_p50_s": itl_s})
-        curves.append(Curve(model_id, gpu.name, Parallelism(tensor, expert), table))
+        curves.append(Curve(model_id, find_model(model_id).family, gpu.name, Parallelism(tensor, expert), table))
     return curves
 
 

@@ -134,7 +134,7 @@ def profile_from_json(text: str, source: str = "profile") -> Profile:
     if not isinstance(raw, dict) or "version" not in raw:
         raise ProfileError(f"{source}: not a profile: it has no `version`")
     version = raw["version"]
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+    if type(version) is not int or version < 1:
         raise ProfileError(f"{source}: version is {version!r}, must be a whole number from 1 to {VERSION}")
     if version > VERSION:
         raise ProfileError(

@@ -137,7 +137,6 @@ class GroupPhysics:
             # Ring all-reduce, twice a layer: 2 (n - 1) / n of the activations, over half the duplex NVLink rate.
             link = gpu.nvlink_bytes_per_s / 2.0 * c.link_efficiency
             self._token_link_s = 2.0 * model.layers * 2.0 * (n - 1) / n * model.hidden * 2.0 / link
-        self._sequence_s = c.sequence_overhead_s
         span_w = gpu.max_limit_w - gpu.idle_context_w
         self._active_w = c.active_power * span_w
         self._busy_w = c.busy_power * span_w
@@ -169,7 +168,7 @@ class GroupPhysics:
         attention = (prefill * context + kv) * self._pair_compute_s
         compute = tokens * self._token_compute_s + attention
         peak_compute = compute + tokens * self._token_excess_s
-        fixed = self._fixed_s + seqs * self._sequence_s + tokens * self._token_link_s
+        fixed = self._fixed_s + seqs * self.constants.sequence_overhead_s + tokens * self._token_link_s
         fixed = fixed + (prefill > 0.0) * self._prefill_fixed_s
         occupancy: _N = (tokens / _FULL_CHUNK_TOKENS) ** _OCCUPANCY_EXPONENT
         return peak_memory, peak_compute, fixed, memory, compute, occupancy
