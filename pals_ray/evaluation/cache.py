@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from pals_ray.evaluation.cases import Case
 from pals_ray.evaluation.results import Json, run_case
 from pals_ray.evaluation.runs import CONFIRMED, TUNED_BATCHES, CaseRuns
 from pals_ray.simulation.traces import Trace
+from pals_ray.whole_file import write_whole
 
 #: The sources that decide a result: a change in any of them makes every kept result stale.
 _SOURCES = ("pals_ray/simulation", "pals_ray/control", "pals_ray/models", "pals_ray/evaluation", "policies")
@@ -130,11 +130,7 @@ def run_jobs(
 
 
 def _write(job: Job, out: Path, result: Json) -> None:
-    """Keep a result, in one step, so that a run that is cut off leaves no partial file."""
-    file = job.file(out)
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({"digest": job.digest, "result": result}))
-    partial.replace(file)
+    write_whole(job.file(out), json.dumps({"digest": job.digest, "result": result}))
 
 
 _queue: Any = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pals_ray.models.profile import Profile, ProfileError, ProfileSample, profil
 from pals_ray.models.specs import ModelSpec
 from pals_ray.profiling.measure import NotSteady
 from pals_ray.types import OperatingPoint
+from pals_ray.whole_file import write_whole
 
 _CAP_LEVELS = 7
 #: One or two points may fail to become steady by chance; with the third the run ends.
@@ -93,13 +93,8 @@ def begin_or_resume(path: Path, empty: Profile) -> Profile:
 
 def write_profile(path: Path, profile: Profile) -> None:
     """Write a profile so that whoever is killed meanwhile leaves the old file or the new one. Raises `ProfileError`."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with scratch.open("w") as file:
-            file.write(profile.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        write_whole(path, profile.to_json())
     except OSError as error:
         raise ProfileError(f"the profile cannot be written to {path}: {error.strerror}; name another --out") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -17,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from pals_ray.control.manager.fleet_record import FleetRecord
 from pals_ray.errors import PalsError
 from pals_ray.runtime.messages import AgentSpec
+from pals_ray.whole_file import write_whole
 
 
 class StorageError(PalsError):
@@ -81,13 +81,8 @@ def write_state(storage_path: str, state: ManagerState) -> None:
                     f"{path} is also written by a manager of another Ray cluster, with epoch {on_disk.epoch} (here: "
                     f"{state.epoch}); give each cluster a `storage_path` of its own"
                 )
-            scratch = path.with_suffix(".new")
-            with scratch.open("wb") as file:
-                # Not pydantic's own JSON, which has no word for the infinite ends of a schedule's entries.
-                file.write(json.dumps(_ADAPTER.dump_python(state), indent=1).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(path)
+            # Not pydantic's own JSON, which has no word for the infinite ends of a schedule's entries.
+            write_whole(path, json.dumps(_ADAPTER.dump_python(state), indent=1))
     except OSError as error:
         raise StorageError(
             f"the manager's state cannot be written to {path} ({error}); set `storage_path` to a folder that the head "

@@ -155,8 +155,8 @@ async def beats(manager, agents, limits_w, gpus):
 @pytest.fixture
 async def manager(tmp_path, agents, gpus, ray_less):
     made = await deploy(tmp_path, ray_less, agents)
-    await asyncio.gather(*(agent.join() for agent in agents))
     for agent in agents:
+        await agent.join()
         await agent.claim(agent.uuids, 32)
     await beats(made, agents, [266.666] * 3 + [100], gpus)
     await until(lambda: not made._core._raising)  # what was released last is handed out a little later

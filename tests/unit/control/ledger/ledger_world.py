@@ -551,10 +551,10 @@ class World:
             ensure(true_w <= total_w + SLACK_W, f"{true_w} W in force where {total_w} W are possible in {domain}")
             ensure(total_w <= allowed_w + SLACK_W, f"{total_w:.3f} W in {domain} where {allowed_w:.3f} W are allowed")
             self.last_w[domain] = total_w
-            self.check_books(domain, total_w)
+            self.check_reservations(domain, total_w)
         self.counted, self.joined = set(counted), joined
 
-    def check_books(self, domain: str | None, total_w: float) -> None:
+    def check_reservations(self, domain: str | None, total_w: float) -> None:
         """The ledger in charge reserves at least what is possible."""
         reserved_w = self.manager.ledger.reserved_w(domain)
-        ensure(reserved_w >= total_w - SLACK_W, f"{reserved_w:.3f} W on the books for {total_w:.3f} W in {domain}")
+        ensure(reserved_w >= total_w - SLACK_W, f"{reserved_w:.3f} W reserved for {total_w:.3f} W in {domain}")

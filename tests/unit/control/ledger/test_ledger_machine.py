@@ -378,7 +378,7 @@ def test_fuzz() -> None:
         print(f"{LedgerMachine.steps} steps, {ends_s - time.monotonic():.0f} s to go", flush=True)
 
 
-# -- seeded defects: each changes one function, and the machine must see it by what is true, not by the books ----------
+# -- seeded defects: each changes one function, and the machine must see it by what is true, not by the ledger -------
 
 
 def raise_before_confirm(replica: Replica, gpu: Gpu) -> float:
@@ -408,7 +408,7 @@ def obey_old_managers(state: LeaseState, epoch: int) -> LeaseState:
     return state
 
 
-def restart_with_empty_books(*args: object) -> None:
+def restart_from_nothing(*args: object) -> None:
     """rebuild.restore: a new manager starts from nothing."""
 
 
@@ -438,7 +438,7 @@ REMOVE_REPLICA = Reservations.remove_replica
         (feasible_charges, "why_fixed", forget_the_silent),
         (agent_core, "accept", obey_old_numbers),
         (agent_core, "fence", obey_old_managers),
-        (saved_state, "restore", restart_with_empty_books),
+        (saved_state, "restore", restart_from_nothing),
         (Reservations, "remove_replica", leave_without_confirmation),
         (Dispatch, "write", raises_go_before_the_disk),
     ],
@@ -449,7 +449,7 @@ def test_a_seeded_defect_is_found(
     owner: object, name: str, defect: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(owner, name, defect)
-    monkeypatch.setattr(World, "check_books", lambda self, domain, total_w: None)
+    monkeypatch.setattr(World, "check_reservations", lambda self, domain, total_w: None)
     LedgerMachine.steps = 0
     with pytest.raises(BrokenError):
         run(LedgerMachine, RUNS, shrink=False)
