@@ -29,14 +29,10 @@ def first_points(cap_w: FloatArray, batch: FloatArray) -> tuple[int, ...]:
         (cap_w.max(), log2.min()),
         (cap_w.min(), log2.max()),
         (cap_w.max(), middle),
-        (cap_w.min(), log2.min()),
-        ((cap_w.min() + cap_w.max()) / 2.0, middle),
     )
     cap_range, batch_range = max(float(np.ptp(cap_w)), 1e-9), max(float(np.ptp(log2)), 1e-9)
     chosen: list[int] = []
     for cap, log2_batch in wanted:
-        if len(chosen) == 4:
-            break
         distance = ((cap_w - cap) / cap_range) ** 2 + ((log2 - log2_batch) / batch_range) ** 2
         distance[chosen] = np.inf
         chosen.append(int(np.argmin(distance)))
