@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,33 +21,8 @@ from pals_ray.models.physics.step_cost import GroupPhysics, StepWork
 from pals_ray.models.power_model import FloatArray
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
 
-# Where the fit starts, and how far a constant may plausibly lie from there (std of its log; None: not fitted).
-_PRIOR: dict[str, tuple[float, float | None]] = {
-    "memory_efficiency": (0.8, 0.08),
-    "compute_efficiency": (0.7, 0.1),
-    "overlap": (3.0, 0.15),
-    "fabric_knee": (0.5, 0.15),
-    "fabric_sharpness": (4.0, None),
-    "activation_passes": (25.0, 0.4),
-    "step_overhead_s": (1e-3, 0.5),
-    "layer_overhead_s": (30e-6, 0.4),
-    "prefill_layer_overhead_s": (100e-6, 0.4),
-    "expert_layer_overhead_s": (100e-6, 0.4),
-    "sequence_overhead_s": (40e-6, 0.5),
-    "all_reduce_latency_s": (15e-6, 0.4),
-    "link_efficiency": (0.6, 0.2),
-    "expert_imbalance": (1.3, 0.15),
-    "clock_exponent": (2.4, 0.1),
-    "active_power": (0.1, 0.4),
-    "busy_power": (0.15, 0.3),
-    "compute_power": (0.8, 0.3),
-    "fabric_power": (0.3, 0.3),
-    "dram_power": (0.2, 0.3),
-    "occupancy_power": (0.2, 0.5),
-    "cap_margin": (0.025, None),
-}
-_START = SiliconConstants(**{name: start for name, (start, _) in _PRIOR.items()})
-_SPREAD = {name: spread for name, (_, spread) in _PRIOR.items() if spread is not None}
+_START = SiliconConstants(**{constant.name: constant.metadata["start"] for constant in fields(SiliconConstants)})
+_SPREAD = {c.name: c.metadata["spread"] for c in fields(SiliconConstants) if c.metadata["spread"] is not None}
 _FITTED = tuple(_SPREAD)
 _CAP_LAW = ("clock_exponent", "active_power", "busy_power", "occupancy_power", "compute_power", "fabric_knee")
 _POWER_LAW = (*(name for name in _FITTED if name.endswith("_power")), "fabric_knee", "clock_exponent")
@@ -77,16 +52,9 @@ def log_errors(constants: SiliconConstants, curves: Sequence[Curve]) -> FloatArr
     for c in curves:
         gpu = find_gpu(c.gpu)
         model = RooflineModel(GroupPhysics(gpu, find_model(c.model_id), c.parallelism, constants))
-        said = model.predict(gpu.max_limit_w, c.batch)
-        out.append(
-            np.log(
-                [
-                    said.throughput_tokens_per_s / c.throughput_tokens_per_s,
-                    said.power_w / c.power_w,
-                    said.itl_p50_s / c.itl_p50_s,
-                ]
-            )
-        )
+        predicted = model.predict(gpu.max_limit_w, c.table.batch).floats()[:3]
+        measured = (c.table.throughput_tokens_per_s, c.table.power_w, c.table.latency["itl_p50_s"])
+        out.append(np.log(np.divide(predicted, measured)))
     return np.concatenate(out, axis=1)
 
 
@@ -130,10 +98,10 @@ def _cap_residuals(gpu: str, c: SiliconConstants) -> FloatArray:
 
 def _residuals(gpu: str, curves: Sequence[Curve]) -> Callable[[SiliconConstants], FloatArray]:
     # The constants must suit families not seen yet, so each family weighs the same, however many rows it has.
-    points = {f: sum(len(c.batch) for c in curves if c.family == f) for f in {c.family for c in curves}}
+    points = {f: sum(len(c.table) for c in curves if c.family == f) for f in {c.family for c in curves}}
     mean_points = sum(points.values()) / max(len(points), 1)
     weight = np.concatenate(
-        [np.full(len(c.batch), np.sqrt(mean_points / points[c.family])) for c in curves] or [np.empty(0)]
+        [np.full(len(c.table), np.sqrt(mean_points / points[c.family])) for c in curves] or [np.empty(0)]
     )
 
     def residuals(c: SiliconConstants) -> FloatArray:
@@ -153,7 +121,7 @@ def fit_serving(curves: Sequence[Curve]) -> dict[str, SiliconConstants]:
     gpus = ("H100-SXM", "B200")
     n = len(_FITTED)
     residuals = {gpu: _residuals(gpu, [c for c in curves if c.gpu == gpu]) for gpu in gpus}
-    common, own = np.zeros(n), {gpu: np.zeros(n) for gpu in gpus}
+    common, own = np.zeros(n), np.zeros((len(gpus), n))
     for _ in range(_ITERATIONS):
         size = n * (1 + len(gpus))
         hessian, gradient = np.zeros((size, size)), np.zeros(size)
@@ -164,7 +132,7 @@ def fit_serving(curves: Sequence[Curve]) -> dict[str, SiliconConstants]:
             def f(x: FloatArray, gpu: str = gpu) -> FloatArray:
                 return residuals[gpu](_moved(_START, _FITTED, x))
 
-            x = common + own[gpu]
+            x = common + own[i - 1]
             r = f(x)
             jacobian = _slopes(f, x, r)
             curvature, pull = jacobian.T @ jacobian, jacobian.T @ r
@@ -174,13 +142,12 @@ def fit_serving(curves: Sequence[Curve]) -> dict[str, SiliconConstants]:
             hessian[block, :n] += curvature
             hessian[block, block] += curvature + np.diag(1.0 / _DEVIATION**2)
             gradient[:n] += pull
-            gradient[block] += pull + own[gpu] / _DEVIATION**2
+            gradient[block] += pull + own[i - 1] / _DEVIATION**2
         move = -np.linalg.solve(hessian, gradient)
         move *= min(1.0, 1.0 / float(np.abs(move).max()))
-        common = common + move[:n]
-        for i, gpu in enumerate(gpus, start=1):
-            own[gpu] = own[gpu] + move[n * i : n * (i + 1)]
-    return {gpu: fit_cap_law(gpu, _moved(_START, _FITTED, common + own[gpu])) for gpu in gpus}
+        common, own = common + move[:n], own + move[n:].reshape(own.shape)
+    found = zip(gpus, common + own, strict=True)
+    return {gpu: fit_cap_law(gpu, _moved(_START, _FITTED, x)) for gpu, x in found}
 
 
 def fit_cap_law(gpu: str, serving: SiliconConstants) -> SiliconConstants:
@@ -215,7 +182,7 @@ V100_COMPUTE = StepWork(prefill_tokens=8192, prefill_context_tokens=512)
 V100_MEMORY = StepWork(decode_seqs=8, kv_tokens=8 * 512)
 
 
-def fit_v100(serving: SiliconConstants, e1: Mapping[str, Sequence[tuple[float, float, float]]]) -> SiliconConstants:
+def fit_v100(serving: SiliconConstants, e1: Mapping[str, FloatArray]) -> SiliconConstants:
     """V100's power law from E1's compute- and memory-bound kernels; how it serves models is H100's (transferred)."""
     gpu = find_gpu("V100-SXM2")
     works = {"matmul_compute_bound": V100_COMPUTE, "inference_memory_bound": V100_MEMORY}
@@ -224,7 +191,7 @@ def fit_v100(serving: SiliconConstants, e1: Mapping[str, Sequence[tuple[float, f
         physics = GroupPhysics(gpu, find_model("Llama-3.1-8B"), Parallelism(), _moved(serving, _POWER_LAW, x))
         parts = []
         for kernel, work in works.items():
-            points = np.array(e1[kernel])
+            points = e1[kernel]
             steps = np.array([physics.locked_step(work, mhz / gpu.max_sm_clock_mhz) for mhz in points[:, 0]])
             parts.append(np.log(steps[:, 1] / points[:, 1]) / 0.03)
             rate = np.log(1.0 / steps[:, 0] / points[:, 2])

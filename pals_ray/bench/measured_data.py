@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,99 +20,76 @@ from pals_ray.models.specs import Parallelism, find_gpu, find_model
 _ZEUS_MIN_CELLS = 20
 
 
+def _read(path: Path, group_by: Sequence[str], columns: Sequence[str]) -> dict[tuple[str, ...], FloatArray]:
+    """Numbers from a CSV file, a row each, by the text in the columns `group_by`."""
+    groups: dict[tuple[str, ...], list[list[float]]] = defaultdict(list)
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            groups[tuple(row[name] for name in group_by)].append([float(row[name]) for name in columns])
+    return {key: np.array(rows) for key, rows in groups.items()}
+
+
+def _cell_means(rows: FloatArray, keys: int) -> FloatArray:
+    """One row per distinct value of the first `keys` columns, in their order; the other columns are averaged."""
+    cells, which = np.unique(rows[:, :keys], axis=0, return_inverse=True)
+    which = which.reshape(-1)
+    return np.array([[*cell, *rows[which == i, keys:].mean(axis=0)] for i, cell in enumerate(cells)])
+
+
 def zeus_groups(folder: Path) -> Iterator[tuple[str, SampleTable]]:
     """Zeus's (GPU, dataset, network) groups with at least 20 cells: a cell is the mean over optimizers."""
+    columns = ("power_limit", "batch_size", "time_per_epoch", "average_power")
     for gpu in ("a40", "v100"):
-        cells: dict[tuple[str, str], dict[tuple[float, float], list[tuple[float, float]]]] = defaultdict(dict)
-        with (folder / f"summary_power_{gpu}.csv").open() as file:
-            for row in csv.DictReader(file):
-                cell = (float(row["power_limit"]), float(row["batch_size"]))
-                values = (float(row["time_per_epoch"]), float(row["average_power"]))
-                cells[row["dataset"], row["network"]].setdefault(cell, []).append(values)
-        for (dataset, network), group in sorted(cells.items()):
-            if len(group) < _ZEUS_MIN_CELLS:
-                continue
-            at = np.array(sorted(group))
-            mean = np.array([np.mean(group[float(c), float(b)], axis=0) for c, b in at])
-            table = SampleTable(at[:, 0], at[:, 1], 1.0 / mean[:, 0], mean[:, 1])
-            yield f"{gpu.upper()} {dataset} {network}", table
+        groups = _read(folder / f"summary_power_{gpu}.csv", ("dataset", "network"), columns)
+        for (dataset, network), rows in sorted(groups.items()):
+            cap_w, batch, epoch_s, power_w = _cell_means(rows, 2).T
+            if len(cap_w) >= _ZEUS_MIN_CELLS:
+                yield f"{gpu.upper()} {dataset} {network}", SampleTable(cap_w, batch, 1.0 / epoch_s, power_w)
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One served configuration of the ML.ENERGY file, swept over batch: arrays by batch."""
+    """One served configuration of the ML.ENERGY file, swept over batch at the GPU's default limit."""
 
     model_id: str
     family: str
     gpu: str
-    num_gpus: int
     parallelism: Parallelism
-    batch: FloatArray
-    throughput_tokens_per_s: FloatArray
-    power_w: FloatArray
-    itl_p50_s: FloatArray
+    table: SampleTable
 
 
 def load_mlenergy(path: Path) -> list[Curve]:
     """The ML.ENERGY file as curves; several rows of one batch are averaged."""
-    rows: dict[tuple[Any, ...], dict[int, list[tuple[float, float, float]]]] = {}
+    groups: dict[tuple[Any, ...], list[tuple[float, ...]]] = defaultdict(list)
     for c in json.loads(path.read_text())["configurations"]:
         key = (c["model_id"], c["gpu_model"], c["num_gpus"], c["tensor_parallel"], c["expert_parallel"])
         values = (c["output_throughput_tokens_per_sec"], c["avg_power_watts"], c["median_itl_ms"] / 1e3)
-        rows.setdefault(key, {}).setdefault(c["max_num_seqs"], []).append(values)
+        groups[key].append((c["max_num_seqs"], *values))
     curves = []
-    for (model_id, gpu, num_gpus, tensor, expert), by_batch in sorted(rows.items()):
-        batches = sorted(by_batch)
-        mean = np.array([np.mean(by_batch[b], axis=0) for b in batches])
-        parallelism = Parallelism(tensor, expert)
-        curves.append(
-            Curve(
-                model_id,
-                find_model(model_id).family,
-                find_gpu(gpu).name,
-                num_gpus,
-                parallelism,
-                np.array(batches, dtype=np.float64),
-                mean[:, 0],
-                mean[:, 1],
-                mean[:, 2],
-            )
-        )
+    for (model_id, gpu_model, num_gpus, tensor, expert), rows in sorted(groups.items()):
+        batch, throughput, power_w, itl_s = _cell_means(np.array(rows), 1).T
+        gpu = find_gpu(gpu_model)
+        cap_w = np.full(len(batch), gpu.default_limit_w)
+        table = SampleTable(cap_w, batch, throughput, power_w, num_gpus, {"itl_p50_s": itl_s})
+        curves.append(Curve(model_id, find_model(model_id).family, gpu.name, Parallelism(tensor, expert), table))
     return curves
 
 
-def curve_table(curve: Curve) -> SampleTable:
-    """One ML.ENERGY curve as a table at the GPU's default limit."""
-    cap_w = np.full(len(curve.batch), find_gpu(curve.gpu).default_limit_w)
-    latency = {"itl_p50_s": curve.itl_p50_s}
-    return SampleTable(cap_w, curve.batch, curve.throughput_tokens_per_s, curve.power_w, curve.num_gpus, latency)
-
-
-def load_gridpilot_e1(path: Path) -> dict[str, list[tuple[float, float, float]]]:
+def load_gridpilot_e1(path: Path) -> dict[str, FloatArray]:
     """E1 by kernel: (mean SM clock MHz, mean W, iterations/s) of each (cap, locked clock), but for 405 MHz.
 
     At 405 MHz the memory clock falls too, which no cap in the range brings about.
     """
-    out: dict[str, list[tuple[float, float, float]]] = {}
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            if float(row["sm_target_mhz"]) > 405.0:
-                point = (float(row["sm_mean_mhz"]), float(row["power_mean_w"]), float(row["iters_per_s"]))
-                out.setdefault(row["workload"], []).append(point)
-    return out
+    groups = _read(path, ("workload",), ("sm_target_mhz", "sm_mean_mhz", "power_mean_w", "iters_per_s"))
+    return {kernel: rows[rows[:, 0] > 405.0, 1:] for (kernel,), rows in groups.items()}
 
 
 def gridpilot_caps(path: Path) -> Iterator[tuple[str, SampleTable]]:
     """GridPilot E1's kernels at 1380 MHz: iterations/s and W against the cap, at one (arbitrary) batch."""
-    rows: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            if float(row["sm_target_mhz"]) == 1380.0:
-                point = (float(row["pcap_w"]), float(row["iters_per_s"]), float(row["power_mean_w"]))
-                rows[row["workload"]].append(point)
-    for kernel, points in sorted(rows.items()):
-        at = np.array(sorted(points))
-        yield kernel, SampleTable(at[:, 0], np.ones(len(at)), at[:, 1], at[:, 2])
+    groups = _read(path, ("workload",), ("sm_target_mhz", "pcap_w", "iters_per_s", "power_mean_w"))
+    for (kernel,), rows in sorted(groups.items()):
+        cap_w, rate, power_w = np.array(sorted(rows[rows[:, 0] == 1380.0, 1:].tolist())).T
+        yield kernel, SampleTable(cap_w, np.ones(len(cap_w)), rate, power_w)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +113,7 @@ def gridpilot_steps(path: Path) -> dict[str, StepResponse]:
     The file has no order times. Its script changes the cap every 10 s: up at 20.0 s; down at the last sample before
     the clock falls, 9.97 s.
     """
-    with path.open() as file:
-        rows = [(float(r["t_s"]), float(r["power_w"])) for r in csv.DictReader(file)]
-    time_s, power_w = np.array(rows).T
+    time_s, power_w = _read(path, (), ("t_s", "power_w"))[()].T
 
     def response(order_s: float, before: tuple[float, float], after: tuple[float, float]) -> StepResponse:
         here = (time_s >= order_s) & (time_s < order_s + 1.0)

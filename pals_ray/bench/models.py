@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,6 @@ from pals_ray.bench.calibrate import (
 from pals_ray.bench.measured_data import (
     Curve,
     StepResponse,
-    curve_table,
     gridpilot_caps,
     gridpilot_steps,
     load_mlenergy,
@@ -52,25 +52,17 @@ DECODE = StepWork(decode_seqs=64, kv_tokens=64 * 600)
 
 @dataclass(frozen=True, slots=True)
 class ZeusRow:
-    """Mean absolute relative errors of one Zeus group: (throughput, power) of ours and of random forests."""
+    """Mean absolute relative errors of one Zeus group: columns throughput and power.
+
+    Rows are ours, a random forest on the same points, and one on most of the grid; ours alone without baselines.
+    """
 
     name: str
     cells: int
-    ours: tuple[float, float]
-    forest: tuple[float, float]
-    forest_most: tuple[float, float]
+    errors: FloatArray
 
 
-@dataclass(frozen=True, slots=True)
-class BatchErrors:
-    """Absolute relative errors per left-out point by GPU type: columns throughput, power, median ITL."""
-
-    ours: dict[str, FloatArray]
-    logistic: dict[str, FloatArray]
-    forest: dict[str, FloatArray]
-
-
-def _forest(train: SampleTable, test: SampleTable) -> tuple[float, float]:
+def _forest(train: SampleTable, test: SampleTable) -> list[float]:
     """A random forest over (cap, batch), as PALS fits one; scikit-learn is a development dependency."""
     from sklearn.ensemble import RandomForestRegressor
 
@@ -80,7 +72,7 @@ def _forest(train: SampleTable, test: SampleTable) -> tuple[float, float]:
         forest.fit(np.stack([train.cap_w, train.batch], axis=1), getattr(train, name))
         said = forest.predict(np.stack([test.cap_w, test.batch], axis=1))
         out.append(float(np.mean(np.abs(said / getattr(test, name) - 1.0))))
-    return out[0], out[1]
+    return out
 
 
 def zeus_errors(groups: Iterable[tuple[str, SampleTable]], with_baselines: bool = True) -> list[ZeusRow]:
@@ -89,16 +81,15 @@ def zeus_errors(groups: Iterable[tuple[str, SampleTable]], with_baselines: bool 
     generator = np.random.default_rng(_SEED)
     for name, table in groups:
         evaluation, _, chosen = evaluate_chosen(table, ZEUS_POINTS)
-        ours = (float(evaluation.errors["throughput"].mean()), float(evaluation.errors["power"].mean()))
-        forest = forest_most = (np.nan, np.nan)
+        errors = [[evaluation.errors[quantity].mean() for quantity in ("throughput", "power")]]
         if with_baselines:
             taken = {(c, b) for c, b in zip(chosen.cap_w, chosen.batch, strict=True)}
             rest = [i for i in range(len(table)) if (table.cap_w[i], table.batch[i]) not in taken]
-            forest = _forest(chosen, table.take(rest))
             order = generator.permutation(len(table))
             most = round(0.8 * len(table))
-            forest_most = _forest(table.take(order[:most]), table.take(order[most:]))
-        rows.append(ZeusRow(name, len(table), ours, forest, forest_most))
+            errors.append(_forest(chosen, table.take(rest)))
+            errors.append(_forest(table.take(order[:most]), table.take(order[most:])))
+        rows.append(ZeusRow(name, len(table), np.array(errors)))
     return rows
 
 
@@ -120,33 +111,28 @@ def _logistic_error(log2: FloatArray, values: FloatArray, left_out: int) -> floa
     return float(abs(curve(log2[[left_out]], *found)[0] / values[left_out] - 1.0))
 
 
-def batch_errors(curves: Sequence[Curve], with_baselines: bool = True) -> BatchErrors:
-    """Batch alone: leave each inner batch of every curve with at least 7 out in turn."""
-    ours: dict[str, list[FloatArray]] = {}
-    logistic: dict[str, list[list[float]]] = {}
-    forest: dict[str, list[list[float]]] = {}
+def batch_errors(curves: Sequence[Curve], with_baselines: bool = True) -> dict[str, dict[str, FloatArray]]:
+    """Batch alone: leave each inner batch of every curve with at least 7 out in turn.
+
+    Absolute relative errors by model and GPU type, a row per left-out point: throughput, power, median ITL.
+    """
+    out: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
     for curve in curves:
-        if len(curve.batch) < 7:
+        table = curve.table
+        if len(table) < 7:
             continue
-        table = curve_table(curve)
-        found = leave_batches_out(table, find_model(curve.model_id))
-        ours.setdefault(curve.gpu, []).append(
-            np.stack([found.errors[q] for q in ("throughput", "power", "itl_p50")], axis=1)
-        )
+        errors = leave_batches_out(table, find_model(curve.model_id)).errors
+        ours = np.stack([errors[quantity] for quantity in ("throughput", "power", "itl_p50")], axis=1)
+        out["ours"][curve.gpu] += ours.tolist()
         if not with_baselines:
             continue
-        log2 = np.log2(curve.batch)
-        quantities = (curve.throughput_tokens_per_s, curve.power_w, curve.itl_p50_s)
+        log2 = np.log2(table.batch)
+        quantities = (table.throughput_tokens_per_s, table.power_w, table.latency["itl_p50_s"])
         for i in range(1, len(log2) - 1):
-            logistic.setdefault(curve.gpu, []).append([_logistic_error(log2, q, i) for q in quantities])
-            keep = np.arange(len(log2)) != i
-            both = _forest(table.take(np.flatnonzero(keep)), table.take([i]))
-            forest.setdefault(curve.gpu, []).append(list(both))
-    return BatchErrors(
-        {gpu: np.concatenate(parts) for gpu, parts in ours.items()},
-        {gpu: np.array(parts) for gpu, parts in logistic.items()},
-        {gpu: np.array(parts) for gpu, parts in forest.items()},
-    )
+            out["logistic"][curve.gpu].append([_logistic_error(log2, q, i) for q in quantities])
+            rest = np.flatnonzero(np.arange(len(log2)) != i)
+            out["random forest"][curve.gpu].append(_forest(table.take(rest), table.take([i])))
+    return {name: {gpu: np.array(rows) for gpu, rows in by_gpu.items()} for name, by_gpu in out.items()}
 
 
 def prior_errors(curves: Sequence[Curve], families: Iterable[str] | None = None) -> dict[str, FloatArray]:
@@ -175,23 +161,19 @@ def cap_law_errors(path: Path) -> dict[str, tuple[FloatArray, FloatArray]]:
     return out
 
 
-def virtual_step_response(before_w: float, after_w: float) -> StepResponse:
-    """The effective cap of a virtual GPU after a change, every ms."""
-    since_s = np.asarray(np.arange(0.0, 1.0, 1e-3), dtype=np.float64)
-    caps = np.array([settled_cap_w(before_w, after_w, float(t)) for t in since_s])
-    return StepResponse(since_s, caps, before_w, after_w)
-
-
 STEP_SHARES = (0.25, 0.5, 0.75, 0.9, 0.95)
 
 
 def step_lags_s(path: Path) -> dict[str, list[tuple[float, float, float]]]:
     """(share, s measured, s modelled) of the virtual V100's step response against GridPilot's E2."""
-    caps = {"down": (280.0, 200.0), "up": (200.0, 280.0)}
-    return {
-        way: [(s, seen.reached_s(s), virtual_step_response(*caps[way]).reached_s(s)) for s in STEP_SHARES]
-        for way, seen in gridpilot_steps(path).items()
-    }
+    out = {}
+    since_s = np.asarray(np.arange(0.0, 1.0, 1e-3), dtype=np.float64)
+    for way, seen in gridpilot_steps(path).items():
+        before_w, after_w = (280.0, 200.0) if way == "down" else (200.0, 280.0)
+        caps_w = np.array([settled_cap_w(before_w, after_w, float(t)) for t in since_s])
+        virtual = StepResponse(since_s, caps_w, before_w, after_w)
+        out[way] = [(share, seen.reached_s(share), virtual.reached_s(share)) for share in STEP_SHARES]
+    return out
 
 
 # -- the report
@@ -207,14 +189,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _zeus_section(rows: Sequence[ZeusRow]) -> list[str]:
-    columns: tuple[Callable[[ZeusRow], tuple[float, float]], ...] = (
-        lambda r: r.ours,
-        lambda r: r.forest,
-        lambda r: r.forest_most,
-    )
-    body = [[r.name, str(r.cells), *(x for column in columns for x in _percent(column(r)))] for r in rows]
-    means = [np.mean([column(r) for r in rows], axis=0) for column in columns]
-    body.append(["**mean**", "", *(f"**{x}**" for mean in means for x in _percent(mean))])
+    body = [[r.name, str(r.cells), *_percent(r.errors.flat)] for r in rows]
+    means = np.mean([r.errors for r in rows], axis=0)
+    body.append(["**mean**", "", *(f"**{x}**" for x in _percent(means.flat))])
     return [
         "### Cap x batch on A40 and V100 (Zeus, NSDI'23)",
         "",
@@ -227,16 +204,15 @@ def _zeus_section(rows: Sequence[ZeusRow]) -> list[str]:
     ]
 
 
-def _batch_section(errors: BatchErrors) -> list[str]:
+def _batch_section(errors: dict[str, dict[str, FloatArray]]) -> list[str]:
     body = []
-    for name, found in (("ours", errors.ours), ("logistic", errors.logistic), ("random forest", errors.forest)):
-        for gpu in sorted(found):
-            mean = _percent(found[gpu].mean(axis=0))
-            body.append([name, f"{gpu}, mean", str(len(found[gpu])), *mean, *["-"] * (3 - len(mean))])
-        both = np.concatenate(list(found.values()))
-        for word, statistic in (("mean", np.mean), ("median", np.median)):
-            values = _percent(statistic(both, axis=0))
-            body.append([name, f"all, {word}", str(len(both)), *values, *["-"] * (3 - len(values))])
+    for name, by_gpu in errors.items():
+        both = np.concatenate(list(by_gpu.values()))
+        rows = [(f"{gpu}, mean", by_gpu[gpu], by_gpu[gpu].mean(axis=0)) for gpu in sorted(by_gpu)]
+        rows += [("all, mean", both, both.mean(axis=0)), ("all, median", both, np.median(both, axis=0))]
+        for over, points, errors_there in rows:
+            values = _percent(errors_there)
+            body.append([name, over, str(len(points)), *values, *["-"] * (3 - len(values))])
     return [
         "### Batch on H100 and B200 (ML.ENERGY Benchmark v3)",
         "",
@@ -303,7 +279,7 @@ def lookup_ms(table: SampleTable) -> float:
 def report(data: Path) -> str:
     """The generated part of `docs/models.md`."""
     curves = load_mlenergy(data / "mlenergy" / "lm-arena-chat.json")
-    longest = curve_table(max(curves, key=lambda c: len(c.batch)))
+    longest = max((c.table for c in curves), key=len)
     constants = _table(["GPU", "constants"], [[name, provenance_of(name)] for name in CONSTANTS])
     lines = [
         *_zeus_section(zeus_errors(zeus_groups(data / "zeus_nsdi23"))),

@@ -178,19 +178,12 @@ class VirtualGpu:
         with self._block.locked():
             holder = self._holder()
             if holder is not None and holder == identify(pid):
-                self._free()
+                self._give_to(None)
 
-    def _take(self, process: ProcessId) -> None:
+    def _give_to(self, process: ProcessId | None) -> None:
         """Under the lock."""
-        self._claim.write(process)
-        self._rest(self.spec.idle_context_w)
-
-    def _free(self) -> None:
-        """Under the lock."""
-        self._claim.write((0, 0))
-        self._rest(self.spec.idle_bare_w)
-
-    def _rest(self, rest_w: float) -> None:
+        self._claim.write(process or (0, 0))
+        rest_w = self.spec.idle_context_w if process else self.spec.idle_bare_w
         now_s = self._clock()
         self._load.record(now_s, now_s, rest_w, now_s, rest_w=rest_w)
 
@@ -204,7 +197,7 @@ class VirtualGpu:
             return
         with self._block.locked():
             if self._holder() == holder:
-                self._free()
+                self._give_to(None)
 
     # -- what tests switch; seen by every process at once
 
@@ -309,7 +302,7 @@ class VirtualDriver:
         with self._block.locked():
             for gpu in self._gpus:
                 if not gpu.lost and gpu.holder() is None:
-                    gpu._take(process)
+                    gpu._give_to(process)
                     return gpu
             held = ", ".join(f"{gpu.uuid} by {gpu.holder() or 'nobody (lost)'}" for gpu in self._gpus)
         raise NoFreeGpuError(f"No virtual GPU is free on this node: {held}. Stop a replica, or ask for more GPUs.")

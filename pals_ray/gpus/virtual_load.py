@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,7 @@ from pals_ray.gpus.virtual_block import TRAIL_LENGTH, Latch
 _ANCHOR_GAP_S = 0.010
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """The last step: from `start_s` to `end_s` at `power_w`, and `rest_w` outside it.
 
     `energy_j` is the counter at `start_s`. `binding` is 1 where the cap held the step's clock down. `anchors` counts
@@ -44,7 +43,7 @@ class Load:
         end_s = max(end_s, start_s)
         new = Load(self.energy_at(start_s), start_s, end_s, power_w, rest_w, float(binding), self.anchors)
         taken_back_j = max(0.0, self.energy_at(now_s) - new.energy_at(now_s))
-        return replace(new, energy_j=new.energy_j + taken_back_j)
+        return new._replace(energy_j=new.energy_j + taken_back_j)
 
 
 class LoadRecord:
@@ -70,9 +69,7 @@ class LoadRecord:
             self._trail[anchors % TRAIL_LENGTH] = (load.start_s, load.energy_j)
             self._last_anchor_s = load.start_s
             anchors += 1
-        self._latch.write(
-            (load.energy_j, load.start_s, load.end_s, load.power_w, load.rest_w, load.binding, float(anchors))
-        )
+        self._latch.write(load._replace(anchors=float(anchors)))
 
     def mean_power_w(self, now_s: float, window_s: float) -> float:
         """Mean draw over the last `window_s` (at most 1 s), or since the counter began if that is less, W."""

@@ -75,9 +75,7 @@ class Correction:
         said = model.predict(seen.cap_w, seen.running)
         weight = 1.0 - 0.5 ** (seen.interval_s / self.halving_s)
         saturated = seen.waiting > 0.0 or seen.running >= _SATURATED_SHARE * seen.batch_limit
-        binding = seen.binding_share > _BINDING_SHARE
-        throughput, power, notes = self.throughput, self.power, []
-        seen_s = self.seen_s
+        throughput, power, seen_s, notes = self.throughput, self.power, self.seen_s, []
         if seen.throughput_tokens_per_s > 0.0 and (saturated or seen.running >= _BUSY):
             part = 1.0 if saturated else _FREE_WEIGHT
             ratio = seen.throughput_tokens_per_s / float(said.throughput_tokens_per_s)
@@ -86,7 +84,7 @@ class Correction:
             notes.append(f"throughput x{throughput:.2f}")
         else:
             notes.append("throughput kept: too little runs")
-        if binding:
+        if seen.binding_share > _BINDING_SHARE:
             notes.append("power kept: the cap binds, so the draw is the cap's")
         else:
             power = _blend(power, seen.power_w / float(said.power_w), weight)
@@ -118,15 +116,12 @@ class CorrectedModel:
     def corrected(self, cap_w: ArrayLike, said: Prediction) -> Prediction:
         """What the model `said` at these caps, corrected."""
         c = self.correction
-        ceiling_w = np.maximum(np.asarray(cap_w, dtype=np.float64) * self.num_gpus, said.power_w)
-        return Prediction(
-            throughput_tokens_per_s=said.throughput_tokens_per_s * c.throughput,
-            power_w=np.minimum(said.power_w * c.power, ceiling_w),
-            itl_p50_s=said.itl_p50_s / c.throughput,
-            itl_p99_s=said.itl_p99_s / c.throughput,
-            ttft_p50_s=said.ttft_p50_s / c.throughput,
-            ttft_p99_s=said.ttft_p99_s / c.throughput,
-            throughput_rel_std=said.throughput_rel_std * c.doubt,
-            power_rel_std=said.power_rel_std,
-            honours_cap=said.honours_cap,
+        throughput, power_w, *latencies, throughput_std, power_std = said.floats()
+        corrected = (
+            throughput * c.throughput,
+            np.minimum(power_w * c.power, np.maximum(np.asarray(cap_w, dtype=np.float64) * self.num_gpus, power_w)),
+            *(latency / c.throughput for latency in latencies),
+            throughput_std * c.doubt,
+            power_std,
         )
+        return Prediction(*corrected, honours_cap=said.honours_cap)

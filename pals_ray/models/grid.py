@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pals_ray.models.power_model import FloatArray, PowerModel, Prediction
 
 _CAPS = 121
-# All of a prediction but whether the cap is honoured, which is no number.
-_FIELDS = tuple(field.name for field in fields(Prediction) if field.name != "honours_cap")
 
 
 class GridModel:
@@ -24,7 +20,7 @@ class GridModel:
         caps_w = np.linspace(min_limit_w, max_limit_w, _CAPS)
         said = model.predict(caps_w[:, None], np.arange(1.0, max_batch + 1.0)[None, :])
         # (caps, fields, batches), so that all values at one cap are contiguous in memory.
-        self._table = np.stack([getattr(said, name) for name in _FIELDS], axis=1)
+        self._table = np.stack(said.floats(), axis=1)
         self._honours = said.honours_cap
         self._min_limit_w = min_limit_w
         self._per_w = (_CAPS - 1) / (max_limit_w - min_limit_w)
@@ -41,7 +37,7 @@ class GridModel:
         column = self._column(batches)
         low, high = self._table[row, :, column], self._table[row + 1, :, column]
         found = low + share[..., None] * (high - low)
-        return _prediction([found[..., i] for i in range(len(_FIELDS))], self._honours[row, column])
+        return Prediction(*np.moveaxis(found, -1, 0), honours_cap=self._honours[row, column])
 
     def _crossed(self, caps_w: FloatArray, batches: FloatArray) -> Prediction:
         """Every cap with every batch."""
@@ -56,7 +52,7 @@ class GridModel:
         found -= low
         found *= share[:, None, None]
         found += low
-        return _prediction([found[:, i] for i in range(len(_FIELDS))], honours[row])
+        return Prediction(*found.swapaxes(0, 1), honours_cap=honours[row])
 
     def _rows(self, caps_w: FloatArray) -> tuple[NDArray[np.intp], FloatArray]:
         at = np.minimum(np.maximum((caps_w - self._min_limit_w) * self._per_w, 0.0), _CAPS - 1 - 1e-9)
@@ -67,8 +63,3 @@ class GridModel:
         whole = np.ceil(batches - 1e-9).astype(np.intp)
         column: NDArray[np.intp] = np.minimum(np.maximum(whole, 1), self._max_batch) - 1
         return column
-
-
-def _prediction(fields: list[FloatArray], honours_cap: NDArray[np.bool_]) -> Prediction:
-    throughput, power, itl50, itl99, ttft50, ttft99, throughput_std, power_std = fields
-    return Prediction(throughput, power, itl50, itl99, ttft50, ttft99, throughput_std, power_std, honours_cap)

@@ -29,13 +29,14 @@ class FitReport:
 
     def notes(self) -> tuple[str, ...]:
         """Sentences for an operator; none if all is well."""
-        out = []
-        if self.undetermined:
-            out.append("not determined by these samples (prior kept): " + "; ".join(self.undetermined))
-        out.extend(
-            f"sample at {cap:g} W, batch {batch} contradicts the others: weighed down" for cap, batch in self.outliers
+        unknown = "not determined by these samples (prior kept): " + "; ".join(self.undetermined)
+        return (
+            *([unknown] if self.undetermined else []),
+            *(
+                f"sample at {cap:g} W, batch {batch} contradicts the others: weighed down"
+                for cap, batch in self.outliers
+            ),
         )
-        return tuple(out)
 
 
 class SurfaceModel:
@@ -70,18 +71,8 @@ class SurfaceModel:
         found = low * (1.0 - up) + high * up
         values = np.exp(found[:, :6])
         honours = values[:, 1] <= cap * self.num_gpus * _FLOOR_TOLERANCE
-        throughput, power, itl50, itl99, ttft50, ttft99 = (values[:, i].reshape(shape) for i in range(6))
-        return Prediction(
-            throughput,
-            power,
-            itl50,
-            itl99,
-            ttft50,
-            ttft99,
-            found[:, 6].reshape(shape),
-            found[:, 7].reshape(shape),
-            honours.reshape(shape),
-        )
+        columns = (column.reshape(shape) for column in (*values.T, *found[:, 6:].T))
+        return Prediction(*columns, honours_cap=honours.reshape(shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +94,13 @@ def tabulated(
     model: PowerModel, min_limit_w: float, max_limit_w: float, most_batch: int, num_gpus: int
 ) -> SurfaceModel:
     """A slow model as a table over a device's caps, W, and batches from 1 to `most_batch`."""
-    caps_w = np.geomspace(min_limit_w, max_limit_w, _CAP_KNOTS)
-    log2 = np.linspace(0.0, np.log2(most_batch), int(np.ceil(np.log2(most_batch) * _BATCH_KNOTS_PER_OCTAVE)) + 1)
-    said = model.predict(caps_w[:, None], np.exp2(log2)[None, :])
-    logs = (
-        np.log(said.throughput_tokens_per_s),
-        np.log(said.power_w),
-        np.log(said.itl_p50_s),
-        np.log(said.itl_p99_s),
-        np.log(said.ttft_p50_s),
-        np.log(said.ttft_p99_s),
-    )
-    fields = np.stack([*logs, said.throughput_rel_std, said.power_rel_std], axis=-1)
-    return SurfaceModel(caps_w, log2, fields, num_gpus, FitReport(0, {}, (), ()))
+    caps_w, log2 = knots(min_limit_w, max_limit_w, np.log2(most_batch))
+    values = np.stack(model.predict(caps_w[:, None], np.exp2(log2)[None, :]).floats(), axis=-1)
+    values[..., :6] = np.log(values[..., :6])
+    return SurfaceModel(caps_w, log2, values, num_gpus, FitReport(0, {}, (), ()))
+
+
+def knots(low_w: float, high_w: float, top_log2: float) -> tuple[FloatArray, FloatArray]:
+    """The caps, W, and log2 batches of a table over a range of caps and batches from 1 to 2 ** `top_log2`."""
+    batches = np.linspace(0.0, top_log2, int(np.ceil(top_log2 * _BATCH_KNOTS_PER_OCTAVE)) + 1)
+    return np.geomspace(low_w, high_w, _CAP_KNOTS), batches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +28,11 @@ class Prediction:
     ttft_p99_s: FloatArray
     throughput_rel_std: FloatArray
     power_rel_std: FloatArray
-    honours_cap: NDArray[np.bool_]
+    honours_cap: NDArray[np.bool_] = field(kw_only=True)
+
+    def floats(self) -> list[FloatArray]:
+        """All its arrays but `honours_cap`, in their order: what `Prediction(*floats, honours_cap=...)` takes."""
+        return [getattr(self, name) for name in self.__slots__[:-1]]
 
 
 class PowerModel(Protocol):

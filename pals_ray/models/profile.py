@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pals_ray.errors import PalsError
 from pals_ray.models.fitting.fitted_surface import fit_surface
-from pals_ray.models.fitting.sample_checks import LATENCY_COLUMNS, SampleTable
+from pals_ray.models.fitting.sample_checks import LATENCY_COLUMNS, REQUIRED_COLUMNS, SampleTable
 from pals_ray.models.lookup import SurfaceModel
-from pals_ray.models.power_model import PowerModel
+from pals_ray.models.power_model import FloatArray, PowerModel
 from pals_ray.models.specs import ModelSpec
 from pals_ray.types import Provenance
 
@@ -80,18 +80,14 @@ class Profile(BaseModel):
 
     def table(self) -> SampleTable:
         """The samples as columns."""
-        latency = {
-            name: np.array([np.nan if (v := getattr(s, name)) is None else v for s in self.samples], dtype=np.float64)
-            for name in LATENCY_COLUMNS
-        }
-        return SampleTable(
-            np.array([s.power_cap_w for s in self.samples]),
-            np.array([float(s.batch_limit) for s in self.samples]),
-            np.array([s.throughput_tokens_per_s for s in self.samples]),
-            np.array([s.power_w for s in self.samples]),
-            self.num_gpus,
-            {name: values for name, values in latency.items() if np.isfinite(values).any()},
-        )
+
+        def column(name: str) -> FloatArray:
+            """NaN where a sample has None."""
+            return np.array([getattr(s, name) for s in self.samples], dtype=np.float64)
+
+        latency = {name: column(name) for name in LATENCY_COLUMNS}
+        cap_w, batch, throughput, power_w = map(column, REQUIRED_COLUMNS)
+        return SampleTable(cap_w, batch, throughput, power_w, self.num_gpus, latency)
 
     def surface(self, spec: ModelSpec | None = None, latency_prior: PowerModel | None = None) -> SurfaceModel:
         """The model fitted to the samples. Raises `SampleError` where they are too few."""
@@ -117,21 +113,16 @@ class Profile(BaseModel):
 
 def samples_of(table: SampleTable, provenance: Provenance, measured_at: str | None = None) -> tuple[ProfileSample, ...]:
     """A table's rows as profile samples of one provenance."""
-    out = []
-    for i in range(len(table)):
-        latency = {name: float(values[i]) for name, values in table.latency.items() if np.isfinite(values[i])}
-        out.append(
-            ProfileSample(
-                power_cap_w=float(table.cap_w[i]),
-                batch_limit=int(table.batch[i]),
-                throughput_tokens_per_s=float(table.throughput_tokens_per_s[i]),
-                power_w=float(table.power_w[i]),
-                provenance=provenance,
-                measured_at=measured_at,
-                **latency,
-            )
+    required = (table.cap_w, table.batch, table.throughput_tokens_per_s, table.power_w)
+    columns = {**dict(zip(REQUIRED_COLUMNS, required, strict=True)), **table.latency}
+    return tuple(
+        ProfileSample(
+            **{name: float(values[i]) for name, values in columns.items() if np.isfinite(values[i])},
+            provenance=provenance,
+            measured_at=measured_at,
         )
-    return tuple(out)
+        for i in range(len(table))
+    )
 
 
 def profile_from_json(text: str, source: str = "profile") -> Profile:
@@ -143,7 +134,7 @@ def profile_from_json(text: str, source: str = "profile") -> Profile:
     if not isinstance(raw, dict) or "version" not in raw:
         raise ProfileError(f"{source}: not a profile: it has no `version`")
     version = raw["version"]
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+    if type(version) is not int or version < 1:
         raise ProfileError(f"{source}: version is {version!r}, must be a whole number from 1 to {VERSION}")
     if version > VERSION:
         raise ProfileError(
@@ -162,12 +153,7 @@ def profile_from_json(text: str, source: str = "profile") -> Profile:
 def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
     """Version 1 had one `provenance` for the file, a `tp` key, and no time scale (it was always 1)."""
     out = {key: value for key, value in raw.items() if key not in ("provenance", "tp", "fit")}
-    provenance = raw.get("provenance", Provenance.MEASURED)
-    out["version"] = VERSION
-    out["tensor_parallel"] = raw.get("tp", 1)
-    out.setdefault("num_gpus", out["tensor_parallel"])
-    samples = raw.get("samples", [])
+    provenance, samples, tensor = raw.get("provenance", Provenance.MEASURED), raw.get("samples", []), raw.get("tp", 1)
     if isinstance(samples, list):
         samples = [{"provenance": provenance, **s} if isinstance(s, dict) else s for s in samples]
-    out["samples"] = samples
-    return out
+    return {"num_gpus": tensor} | out | {"version": VERSION, "tensor_parallel": tensor, "samples": samples}

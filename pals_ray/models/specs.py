@@ -7,30 +7,37 @@ FACTS in a `source` stands for the project's design notes (`../shared/design/FAC
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
+from typing import TypeVar
 
 from pals_ray.errors import PalsError
 
+T = TypeVar("T")
 
-def read_table(name: str) -> list[dict[str, Any]]:
-    """The rows of a data file of this package."""
-    rows: list[dict[str, Any]] = json.loads(files("pals_ray.models").joinpath("data", name).read_text("utf-8"))
-    return rows
+
+class SpecFileError(PalsError):
+    """A row of a data file that lacks a key, or has one that is not known."""
 
 
 class UnknownSpecError(PalsError):
     """A GPU or model that no table here describes."""
 
-    def __init__(self, kind: str, asked: str, known: tuple[str, ...]) -> None:
-        super().__init__(f"unknown {kind} {asked!r}: known are {', '.join(known)}")
-        self.kind = kind
-        self.asked = asked
-        self.known = known
 
-    def __reduce__(self) -> tuple[type[UnknownSpecError], tuple[str, str, tuple[str, ...]]]:
-        return UnknownSpecError, (self.kind, self.asked, self.known)
+def read_table(name: str, make: Callable[..., T]) -> dict[str, T]:
+    """`make(**row)` of every row of a data file of this package, by the row's first value, its name.
+
+    Raises `SpecFileError` naming the file and the row.
+    """
+    out = {}
+    for number, row in enumerate(json.loads(files("pals_ray.models").joinpath("data", name).read_text("utf-8")), 1):
+        named = next(iter(row.values()), "empty")
+        try:
+            out[named] = make(**row)
+        except TypeError as error:
+            raise SpecFileError(f"models/data/{name}, row {number} ({named}): {error}") from error
+    return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +140,8 @@ class Parallelism:
 
 
 #: Known GPUs and models by name. FP8 checkpoints are rows of their own.
-GPUS: dict[str, GpuSpec] = {row["name"]: GpuSpec(**row) for row in read_table("gpus.json")}
-MODELS: dict[str, ModelSpec] = {row["name"]: ModelSpec(**row) for row in read_table("models.json")}
+GPUS = read_table("gpus.json", GpuSpec)
+MODELS = read_table("models.json", ModelSpec)
 
 
 def _key(name: str) -> str:
@@ -153,7 +160,7 @@ def find_gpu(name: str) -> GpuSpec:
             not board or board.lower() in asked or not {"pcie", "nvl"} & set(name.lower().split())
         ):
             return spec
-    raise UnknownSpecError("GPU", name, tuple(GPUS))
+    raise UnknownSpecError(f"unknown GPU {name!r}: known are {', '.join(GPUS)}")
 
 
 def find_model(name: str) -> ModelSpec:
@@ -166,11 +173,7 @@ def find_model(name: str) -> ModelSpec:
         return MODELS[name]
     asked = _key(name)
     fp8 = "fp8" in asked
-    best: ModelSpec | None = None
-    for spec in MODELS.values():
-        key = _key(spec.name.removesuffix("-FP8"))
-        if key in asked and (spec.name.endswith("-FP8") == fp8) and (best is None or len(spec.name) > len(best.name)):
-            best = spec
-    if best is None:
-        raise UnknownSpecError("model", name, tuple(MODELS))
-    return best
+    named = [own for own in MODELS if own.endswith("-FP8") == fp8 and _key(own.removesuffix("-FP8")) in asked]
+    if not named:
+        raise UnknownSpecError(f"unknown model {name!r}: known are {', '.join(MODELS)}")
+    return MODELS[max(named, key=len)]

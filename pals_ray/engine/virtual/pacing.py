@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pals_ray.engine.control_block import ControlBlock, RecordWriter
@@ -157,15 +155,10 @@ class PaceCounters:
 
     def __init__(self, block: ControlBlock) -> None:
         self._writer = RecordWriter(block.field("worker_sequence"))
-        self._steps: NDArray[np.int64] = block.field("steps")
-        self._late_steps: NDArray[np.int64] = block.field("late_steps")
-        self._modelled_s: NDArray[np.float64] = block.field("modelled_s")
-        self._wall_s: NDArray[np.float64] = block.field("wall_s")
+        self._counters = [block.field(name) for name in ("steps", "late_steps", "modelled_s", "wall_s")]
 
     def add(self, late: bool, modelled_s: float, wall_s: float) -> None:
         """Count one step: whether it was computed too late, how long it should have taken and how long it took."""
         with self._writer:
-            self._steps[0] += 1
-            self._late_steps[0] += late
-            self._modelled_s[0] += modelled_s
-            self._wall_s[0] += wall_s
+            for counter, more in zip(self._counters, (1, late, modelled_s, wall_s), strict=True):
+                counter[0] += more

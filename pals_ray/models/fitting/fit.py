@@ -7,8 +7,6 @@ found by least squares whitened by the residual's covariance; a measurement that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
@@ -20,24 +18,17 @@ from pals_ray.models.fitting.smooth import gaussian, matern52
 from pals_ray.models.power_model import FloatArray
 from pals_ray.models.specs import ModelSpec
 
-
-@dataclass(frozen=True, slots=True)
-class Scales:
-    """How far measurements may lie from the form, as shares (std of logs), and over which distances.
-
-    Lengths are octaves of batch, and e-foldings of the cap's depth. Generic, of the order that repeated runs of
-    the same job show in Zeus's files (noise) and that different networks show there (deviations).
-    """
-
-    throughput_noise: float = 0.015
-    power_noise: float = 0.010
-    throughput_by_batch: float = 0.15
-    throughput_by_cap: float = 0.10
-    power_by_cap: float = 0.02
-    draw_by_batch: float = 0.18
-    batch_length: float = 4.0
-    depth_length: float = 0.7
-
+# How far measurements may lie from the form, as shares (std of logs), and over which distances: octaves of batch, and
+# e-foldings of the cap's depth. Generic, of the order that repeated runs of the same job show in Zeus's files (noise)
+# and that different networks show there (deviations).
+THROUGHPUT_NOISE = 0.015
+POWER_NOISE = 0.010
+_THROUGHPUT_BY_BATCH = 0.15
+_THROUGHPUT_BY_CAP = 0.10
+_POWER_BY_CAP = 0.02
+_DRAW_BY_BATCH = 0.18
+_BATCH_LENGTH = 4.0
+_DEPTH_LENGTH = 0.7
 
 _PASSES = 3
 _MAX_EVALUATIONS = 30
@@ -61,10 +52,9 @@ class Posterior:
     from the prior; `fit_surface` refuses tables with too few points.
     """
 
-    def __init__(self, table: SampleTable, model: ModelSpec | None = None, scales: Scales | None = None) -> None:
+    def __init__(self, table: SampleTable, model: ModelSpec | None = None) -> None:
         self.table = table = table.merged()
         self.model = model
-        self.scales = scales if scales is not None else Scales()
         self._count = len(table)
         self._cap = table.cap_w
         self._log2 = np.log2(table.batch)
@@ -80,7 +70,8 @@ class Posterior:
         )
         self._parameters = self.form.parameters()
         self._knots = np.unique(self._log2)
-        self._knot_factor = self._knot_cholesky()
+        knots = matern52(self._knots, self._knots, _BATCH_LENGTH) + 1e-6 * np.eye(len(self._knots))
+        self._knot_factor = np.asarray(cholesky(_DRAW_BY_BATCH**2 * knots, lower=True))
         self._own = len(self._parameters)
         self._mean = np.concatenate([[p.mean for p in self._parameters], np.zeros(len(self._knots))])
         self._std = np.concatenate([[p.std for p in self._parameters], np.ones(len(self._knots))])
@@ -88,39 +79,28 @@ class Posterior:
 
     # -- the form with its smooth draw
 
-    def _knot_cholesky(self) -> FloatArray:
-        s = self.scales
-        covariance = matern52(self._knots, self._knots, s.batch_length) + 1e-6 * np.eye(len(self._knots))
-        return np.asarray(cholesky(s.draw_by_batch**2 * covariance, lower=True))
-
     def _design(self, log2_batch: FloatArray) -> FloatArray:
         """How the whitened draw deviations at the knots act at these batches."""
-        s = self.scales
-        across = s.draw_by_batch**2 * matern52(log2_batch, self._knots, s.batch_length)
+        across = _DRAW_BY_BATCH**2 * matern52(log2_batch, self._knots, _BATCH_LENGTH)
         return np.asarray(solve_triangular(self._knot_factor, across.T, lower=True).T)
 
     def _shape(self, theta: FloatArray, cap: FloatArray, log2_batch: FloatArray, design: FloatArray) -> Shape:
         return self.form.evaluate(theta[: self._own], cap, log2_batch, design @ theta[self._own :])
 
-    def _logs(self, theta: FloatArray, cap: FloatArray, log2_batch: FloatArray, design: FloatArray) -> FloatArray:
-        shape = self._shape(theta, cap, log2_batch, design)
-        return np.concatenate([shape.log_throughput, shape.log_power])
-
     def _kernel(self, depth: FloatArray, log2_batch: FloatArray, depth_b: FloatArray, log2_b: FloatArray) -> FloatArray:
         """Covariance of the residuals of (log throughput, log power) between two lists of points."""
-        s = self.scales
-        batch = matern52(log2_batch, log2_b, s.batch_length)
-        both = batch * gaussian(depth, depth_b, s.depth_length)
+        batch = matern52(log2_batch, log2_b, _BATCH_LENGTH)
+        both = batch * gaussian(depth, depth_b, _DEPTH_LENGTH)
         n, m = both.shape
         out = np.zeros((2 * n, 2 * m))
-        out[:n, :m] = s.throughput_by_batch**2 * batch + s.throughput_by_cap**2 * both
-        out[n:, m:] = s.power_by_cap**2 * both
+        out[:n, :m] = _THROUGHPUT_BY_BATCH**2 * batch + _THROUGHPUT_BY_CAP**2 * both
+        out[n:, m:] = _POWER_BY_CAP**2 * both
         return out
 
     def _solve(self) -> None:
-        s, n = self.scales, self._count
+        n = self._count
         theta = self._mean.copy()
-        noise = np.concatenate([np.full(n, s.throughput_noise), np.full(n, s.power_noise)])
+        noise = np.concatenate([np.full(n, THROUGHPUT_NOISE), np.full(n, POWER_NOISE)])
         inflation = np.ones(2 * n)
         limit = np.concatenate([np.full(n, _THROUGHPUT_OUTLIER_STDS), np.full(n, _POWER_OUTLIER_STDS)])
         design = self._design(self._log2)
@@ -131,12 +111,12 @@ class Posterior:
             factor = np.asarray(cholesky(covariance, lower=True))
 
             def residuals(t: FloatArray, factor: FloatArray = factor) -> FloatArray:
-                gap = self._measured - self._logs(t, self._cap, self._log2, design)
+                gap = self._measured - self._shape(t, self._cap, self._log2, design).logs
                 return np.concatenate([solve_triangular(factor, gap, lower=True), (t - self._mean) / self._std])
 
             found = least_squares(residuals, theta, x_scale=self._std, max_nfev=_MAX_EVALUATIONS)
             theta = found.x
-            gap = self._measured - self._logs(theta, self._cap, self._log2, design)
+            gap = self._measured - self._shape(theta, self._cap, self._log2, design).logs
             weights = np.asarray(cho_solve((factor, True), gap))
             # Leave-one-out residuals in closed form (Rasmussen and Williams, eq. 5.12), in standard deviations.
             inverse_diagonal = np.sum(np.asarray(solve_triangular(factor, np.eye(2 * n), lower=True)) ** 2, axis=0)
@@ -157,8 +137,7 @@ class Posterior:
         """Mean of log throughput and of log power of one GPU at 1-d points, and the form's shape there."""
         cap, log2 = np.asarray(cap_w, dtype=np.float64), np.log2(np.asarray(batch, dtype=np.float64))
         shape = self._shape(self.theta, cap, log2, self._design(log2))
-        logs = np.concatenate([shape.log_throughput, shape.log_power])
-        logs = logs + self._kernel(shape.log_depth, log2, self._depth, self._log2) @ self._weights
+        logs = shape.logs + self._kernel(shape.log_depth, log2, self._depth, self._log2) @ self._weights
         return logs[: len(cap)], logs[len(cap) :], shape
 
     def _linear(
@@ -167,31 +146,30 @@ class Posterior:
         """For the covariance at points: depth, whitened cross-covariance, slopes in theta and in draw, design."""
         design = self._design(log2)
         shape = self._shape(self.theta, cap, log2, design)
-        base = np.concatenate([shape.log_throughput, shape.log_power])
         cross = self._kernel(shape.log_depth, log2, self._depth, self._log2)
-        slopes = np.empty((len(base), len(self.theta)))
+        slopes = np.empty((len(shape.logs), len(self.theta)))
         for i, std in enumerate(self._std):
             moved = self.theta.copy()
             moved[i] += _DERIVATIVE_STEP * std
-            slopes[:, i] = (self._logs(moved, cap, log2, design) - base) / (_DERIVATIVE_STEP * std)
+            slopes[:, i] = (self._shape(moved, cap, log2, design).logs - shape.logs) / (_DERIVATIVE_STEP * std)
         slopes -= cross @ cho_solve((self._factor, True), self._slopes)
         offset = design @ self.theta[self._own :] + _DERIVATIVE_STEP
         moved_shape = self.form.evaluate(self.theta[: self._own], cap, log2, offset)
-        by_draw = (np.concatenate([moved_shape.log_throughput, moved_shape.log_power]) - base) / _DERIVATIVE_STEP
+        by_draw = (moved_shape.logs - shape.logs) / _DERIVATIVE_STEP
         whitened = np.asarray(solve_triangular(self._factor, cross.T, lower=True))
         return shape.log_depth, whitened, slopes, by_draw, design
 
     def std_logs(self, cap_w: ArrayLike, batch: ArrayLike) -> tuple[FloatArray, FloatArray]:
         """Standard deviation of log throughput and log power at 1-d points (of the mean, without noise)."""
         cap, log2 = np.asarray(cap_w, dtype=np.float64), np.log2(np.asarray(batch, dtype=np.float64))
-        s, m = self.scales, len(cap)
+        m = len(cap)
         _, whitened, slopes, by_draw, design = self._linear(cap, log2)
         prior = np.concatenate(
-            [np.full(m, s.throughput_by_batch**2 + s.throughput_by_cap**2), np.full(m, s.power_by_cap**2)]
+            [np.full(m, _THROUGHPUT_BY_BATCH**2 + _THROUGHPUT_BY_CAP**2), np.full(m, _POWER_BY_CAP**2)]
         )
         variance = prior - np.sum(whitened**2, axis=0)
         variance += np.einsum("ij,jk,ik->i", slopes, self._theta_covariance, slopes, optimize=True)
-        draw_left = np.maximum(s.draw_by_batch**2 - np.sum(design**2, axis=1), 0.0)
+        draw_left = np.maximum(_DRAW_BY_BATCH**2 - np.sum(design**2, axis=1), 0.0)
         variance += by_draw**2 * np.concatenate([draw_left, draw_left])
         std = np.sqrt(np.maximum(variance, 0.0))
         return std[:m], std[m:]
@@ -206,11 +184,11 @@ class Posterior:
 
     def covariance(self, cap_w: FloatArray, batch: FloatArray) -> FloatArray:
         """Joint covariance of (log throughput, log power) at 1-d points, shape 2m x 2m: throughput first."""
-        s, log2 = self.scales, np.log2(batch)
+        log2 = np.log2(batch)
         depth, whitened, slopes, by_draw, design = self._linear(cap_w, log2)
         out = self._kernel(depth, log2, depth, log2) - whitened.T @ whitened
         out += slopes @ self._theta_covariance @ slopes.T
-        left = s.draw_by_batch**2 * matern52(log2, log2, s.batch_length) - design @ design.T
+        left = _DRAW_BY_BATCH**2 * matern52(log2, log2, _BATCH_LENGTH) - design @ design.T
         return np.asarray(out + np.outer(by_draw, by_draw) * np.tile(left, (2, 2)))
 
     def outliers(self) -> tuple[int, ...]:

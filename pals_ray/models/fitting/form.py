@@ -39,13 +39,12 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the form says at each point: logs of throughput and one GPU's draw, and how deep the cap cuts.
+    """What the form says at n points: logs of throughput, then of one GPU's draw (2n,), and how deep the cap cuts.
 
     `log_depth` is ln(dynamic draw / natural dynamic draw), 0 where the cap does not bind; `log_slowdown` of compute.
     """
 
-    log_throughput: FloatArray
-    log_power: FloatArray
+    logs: FloatArray
     log_depth: FloatArray
     log_slowdown: FloatArray
 
@@ -97,10 +96,8 @@ class Form:
 
         `cap_w`, `log2_batch` and the offset are arrays of one shape; watts are one GPU's.
         """
-        (log_capacity, knee, log_bend, log_high, low, draw_knee, log_width, static, log_n, share, share_slope) = theta[
-            :11
-        ]
-        margin, log_corner, floor, spread, spread_slope, phase_share = theta[11:17]
+        log_capacity, knee, log_bend, log_high, low, draw_knee, log_width, static = theta[:8]
+        log_n, share, share_slope, margin, log_corner, floor, spread, spread_slope, phase_share = theta[8:17]
         along = log2_batch - self.log2_batch_middle
 
         bend = np.exp(log_bend)
@@ -143,8 +140,7 @@ class Form:
         high_s, low_s = weight * high_slow, (1.0 - weight) * low_slow
         drawn_w = (high_s * high_phase_w + low_s * low_phase_w) / (high_s + low_s)
         return Shape(
-            log_uncapped - np.log(high_s + low_s),
-            np.log(static_w + drawn_w),
+            np.concatenate([log_uncapped - np.log(high_s + low_s), np.log(static_w + drawn_w)]),
             np.log(drawn_w / dynamic_w),
             np.log(high_compute),
         )

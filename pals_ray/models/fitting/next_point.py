@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pals_ray.models.fitting.fit import Posterior
+from pals_ray.models.fitting.fit import POWER_NOISE, THROUGHPUT_NOISE, Posterior
 from pals_ray.models.fitting.sample_checks import SampleTable
 from pals_ray.models.power_model import FloatArray
 from pals_ray.models.specs import ModelSpec
@@ -29,14 +29,10 @@ def first_points(cap_w: FloatArray, batch: FloatArray) -> tuple[int, ...]:
         (cap_w.max(), log2.min()),
         (cap_w.min(), log2.max()),
         (cap_w.max(), middle),
-        (cap_w.min(), log2.min()),
-        ((cap_w.min() + cap_w.max()) / 2.0, middle),
     )
     cap_range, batch_range = max(float(np.ptp(cap_w)), 1e-9), max(float(np.ptp(log2)), 1e-9)
     chosen: list[int] = []
     for cap, log2_batch in wanted:
-        if len(chosen) == 4:
-            break
         distance = ((cap_w - cap) / cap_range) ** 2 + ((log2 - log2_batch) / batch_range) ** 2
         distance[chosen] = np.inf
         chosen.append(int(np.argmin(distance)))
@@ -53,20 +49,19 @@ def next_point(
     for i in first_points(cap_w, batch):
         if i not in taken:
             return i
-    posterior = Posterior(measured, model)
-    covariance = posterior.covariance(cap_w, batch)
+    covariance = Posterior(measured, model).covariance(cap_w, batch)
     m = len(cap_w)
     weight = np.concatenate([np.ones(m), np.full(m, _POWER_OVER_THROUGHPUT_WEIGHT)])
-    noise = np.diag([posterior.scales.throughput_noise**2, posterior.scales.power_noise**2])
-    best, best_gain = free[0], -np.inf
-    for i in free:
+    noise = np.diag([THROUGHPUT_NOISE**2, POWER_NOISE**2])
+
+    def gain(i: int) -> float:
+        """By how much measuring cell `i` would reduce the weighted variance."""
         pair = [i, m + i]
         across = covariance[:, pair]
         inverse = np.linalg.inv(covariance[np.ix_(pair, pair)] + noise)
-        gain = float(weight @ np.einsum("ij,jk,ik->i", across, inverse, across))
-        if gain > best_gain:
-            best, best_gain = i, gain
-    return best
+        return float(weight @ np.einsum("ij,jk,ik->i", across, inverse, across))
+
+    return max(free, key=gain)
 
 
 def choose_points(
@@ -78,10 +73,7 @@ def choose_points(
 ) -> list[int]:
     """Choose `count` cells one after another; `measure(indices)` gives the rows of those taken so far."""
     taken: list[int] = []
-    while len(taken) < min(count, len(cap_w)):
-        if len(taken) < 4:
-            taken.append(next(i for i in first_points(cap_w, batch) if i not in taken))
-            continue
+    while len(taken) < count:
         chosen = next_point(cap_w, batch, taken, measure(taken), model)
         if chosen is None:
             break

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from pals_ray.errors import PalsError
 from pals_ray.models.power_model import FloatArray
@@ -38,20 +38,18 @@ class SampleTable:
     num_gpus: int = 1
     latency: Mapping[str, FloatArray] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """A latency that no row has is left out."""
+        known = {name: values for name, values in self.latency.items() if np.isfinite(values).any()}
+        object.__setattr__(self, "latency", known)
+
     def __len__(self) -> int:
         return len(self.cap_w)
 
     def take(self, rows: Sequence[int] | ArrayLike) -> SampleTable:
-        """Only these rows, in this order; a latency that none of them has is left out."""
+        """Only these rows, in this order."""
         at = np.asarray(rows, dtype=np.intp)
-        return SampleTable(
-            self.cap_w[at],
-            self.batch[at],
-            self.throughput_tokens_per_s[at],
-            self.power_w[at],
-            self.num_gpus,
-            {name: values[at] for name, values in self.latency.items() if np.isfinite(values[at]).any()},
-        )
+        return self._each(lambda values: values[at])
 
     def merged(self) -> SampleTable:
         """One row per distinct (cap, batch), its values averaged, ordered by cap and batch."""
@@ -64,14 +62,15 @@ class SampleTable:
             total = np.bincount(group, weights=np.where(known, values, 0.0), minlength=len(cells))
             return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
-        return SampleTable(
-            cells[:, 0],
-            cells[:, 1],
-            mean(self.throughput_tokens_per_s),
-            mean(self.power_w),
-            self.num_gpus,
-            {name: mean(values) for name, values in self.latency.items()},
+        return replace(self._each(mean), cap_w=cells[:, 0], batch=cells[:, 1])
+
+    def _each(self, change: Callable[[FloatArray], FloatArray]) -> SampleTable:
+        """Every column changed alike."""
+        cap_w, batch, throughput, power_w = map(
+            change, (self.cap_w, self.batch, self.throughput_tokens_per_s, self.power_w)
         )
+        latency = {name: change(values) for name, values in self.latency.items()}
+        return SampleTable(cap_w, batch, throughput, power_w, self.num_gpus, latency)
 
 
 def samples_from_columns(
@@ -89,41 +88,33 @@ def samples_from_columns(
             f"optional {', '.join(OPTIONAL_COLUMNS)}; found {', '.join(columns) or 'none'}"
         )
     rows = row_numbers if row_numbers is not None else range(1, 1 + max(map(len, columns.values())))
-    required = {name: _numbers(name, columns[name], rows, optional=False) for name in REQUIRED_COLUMNS}
-    if len({len(values) for values in required.values()}) > 1:
-        raise SampleError("columns differ in length: every row needs every required column")
-    batch = required["batch_limit"]
-    for i, value in enumerate(batch):
-        if value < 1 or value != int(value):
-            raise SampleError(f"row {rows[i]}: batch_limit is {value:g}, must be a whole number of at least 1")
-    latency = {name: _numbers(name, columns[name], rows, optional=True) for name in LATENCY_COLUMNS if name in columns}
-    num_gpus = 1
-    if "num_gpus" in columns:
-        counts = _numbers("num_gpus", columns["num_gpus"], rows, optional=True)
-        known, times = np.unique(counts[np.isfinite(counts)], return_counts=True)
-        if len(known):
-            most = known[times.argmax()]
-            for row in np.flatnonzero(np.isfinite(counts) & (counts != np.floor(counts))):
-                raise SampleError(f"row {rows[row]}: num_gpus is {counts[row]:g}, must be a whole number")
-            for row in np.flatnonzero(np.isfinite(counts) & (counts != most)):
-                raise SampleError(
-                    f"row {rows[row]}: num_gpus is {counts[row]:g}, most others have {most:g}: one file holds one "
-                    "replica size; split it"
-                )
-            num_gpus = int(most)
-    return SampleTable(
-        required["power_cap_w"],
-        batch,
-        required["throughput_tokens_per_s"],
-        required["power_w"],
-        num_gpus,
-        {name: values for name, values in latency.items() if np.isfinite(values).any()},
+    cap_w, batch, throughput, power_w = (
+        _numbers(name, columns[name], rows, optional=False) for name in REQUIRED_COLUMNS
     )
+    if len({len(cap_w), len(batch), len(throughput), len(power_w)}) > 1:
+        raise SampleError("columns differ in length: every row needs every required column")
+
+    def refuse(name: str, values: FloatArray, wrong: NDArray[np.bool_], why: str) -> None:
+        for row in np.flatnonzero(wrong):
+            raise SampleError(f"row {rows[row]}: {name} is {values[row]:g}, {why}")
+
+    refuse("batch_limit", batch, (batch < 1) | (batch != np.floor(batch)), "must be a whole number of at least 1")
+    latency = {name: _numbers(name, columns[name], rows, optional=True) for name in LATENCY_COLUMNS if name in columns}
+    counts = _numbers("num_gpus", columns.get("num_gpus", ()), rows, optional=True)
+    known = np.isfinite(counts)
+    if not known.any():
+        return SampleTable(cap_w, batch, throughput, power_w, 1, latency)
+    refuse("num_gpus", counts, known & (counts != np.floor(counts)), "must be a whole number")
+    sizes, times = np.unique(counts[known], return_counts=True)
+    most = sizes[times.argmax()]
+    others = f"most others have {most:g}: one file holds one replica size; split it"
+    refuse("num_gpus", counts, known & (counts != most), others)
+    return SampleTable(cap_w, batch, throughput, power_w, int(most), latency)
 
 
 def check_enough(table: SampleTable) -> None:
     """Refuse a table with too few points or a single batch limit. Raises `SampleError` saying what to measure."""
-    cells = {(c, b) for c, b in zip(table.cap_w, table.batch, strict=True)}
+    cells = set(zip(table.cap_w, table.batch, strict=True))
     if len(cells) < MIN_CELLS:
         raise SampleError(
             f"{len(cells)} distinct (cap, batch) point(s) are too few: at least {MIN_CELLS}, better 12, are needed"

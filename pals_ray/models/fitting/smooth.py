@@ -20,39 +20,38 @@ def gaussian(a: FloatArray, b: FloatArray, length: float) -> FloatArray:
     return np.asarray(np.exp(-0.5 * r * r))
 
 
-class LogRatio:
-    """A smooth correction, in logs, of a formula over (log2 batch, depth of cap).
+_CONSTANT_STD = 1.0
+_SMOOTH_STD = 0.15
+_CAP_STD = 0.05
+_NOISE_STD = 0.02
+# A ratio further than this from what all others predict is taken as a bad sample; its weight falls with distance.
+_OUTLIER_STDS = 6.5
+_BATCH_LENGTH = 3.0
+_DEPTH_LENGTH = 0.7
 
-    Used for latencies: log(measured / formula) = constant + smooth function of batch + a little with the cap.
+Points = tuple[FloatArray, FloatArray]
+
+
+def smooth_log_ratio(log_ratio: FloatArray, measured: Points, asked: Points) -> FloatArray:
+    """A smooth correction, in logs, of a formula: from its ratio at measured points to what it is at others.
+
+    Points are (log2 batch, log depth of cap), 1-d arrays; a ratio that is not known is NaN. Used for latencies:
+    log(measured / formula) = constant + smooth function of batch + a little with the cap.
     """
+    known = np.isfinite(log_ratio)
+    log2_batch, log_depth = (values[known] for values in measured)
 
-    _CONSTANT_STD = 1.0
-    _SMOOTH_STD = 0.15
-    _CAP_STD = 0.05
-    _NOISE_STD = 0.02
-    #: A ratio further than this from what all others predict is taken as a bad sample; its weight falls with distance.
-    _OUTLIER_STDS = 6.5
-    _BATCH_LENGTH = 3.0
-    _DEPTH_LENGTH = 0.7
+    def kernel(log2: FloatArray, depth: FloatArray) -> FloatArray:
+        by_batch = matern52(log2, log2_batch, _BATCH_LENGTH)
+        by_depth = gaussian(depth, log_depth, _DEPTH_LENGTH)
+        return np.asarray(_CONSTANT_STD**2 + by_batch * (_SMOOTH_STD**2 + _CAP_STD**2 * by_depth))
 
-    def __init__(self, log_ratio: FloatArray, log2_batch: FloatArray, log_depth: FloatArray) -> None:
-        known = np.isfinite(log_ratio)
-        self._log2_batch = log2_batch[known]
-        self._log_depth = log_depth[known]
-        self._centre = float(np.median(log_ratio[known]))
-        kernel, gap = self._kernel(self._log2_batch, self._log_depth), log_ratio[known] - self._centre
-        noise = np.full(len(gap), self._NOISE_STD)
-        inverse = np.linalg.inv(kernel + np.diag(noise**2))
-        # Leave-one-out residuals in closed form (Rasmussen and Williams, eq. 5.12), in standard deviations.
-        left_out = np.abs(inverse @ gap) / np.sqrt(np.diag(inverse))
-        noise *= np.maximum(left_out / self._OUTLIER_STDS, 1.0) ** 2
-        self._weights = np.asarray(cho_solve(cho_factor(kernel + np.diag(noise**2), lower=True), gap))
-
-    def _kernel(self, log2_batch: FloatArray, log_depth: FloatArray) -> FloatArray:
-        batch = matern52(log2_batch, self._log2_batch, self._BATCH_LENGTH)
-        depth = gaussian(log_depth, self._log_depth, self._DEPTH_LENGTH)
-        return np.asarray(self._CONSTANT_STD**2 + batch * (self._SMOOTH_STD**2 + self._CAP_STD**2 * depth))
-
-    def at(self, log2_batch: FloatArray, log_depth: FloatArray) -> FloatArray:
-        """The correction in logs at these points (1-d arrays)."""
-        return np.asarray(self._centre + self._kernel(log2_batch, log_depth) @ self._weights)
+    centre = float(np.median(log_ratio[known]))
+    covariance, gap = kernel(log2_batch, log_depth), log_ratio[known] - centre
+    noise = np.full(len(gap), _NOISE_STD)
+    inverse = np.linalg.inv(covariance + np.diag(noise**2))
+    # Leave-one-out residuals in closed form (Rasmussen and Williams, eq. 5.12), in standard deviations.
+    left_out = np.abs(inverse @ gap) / np.sqrt(np.diag(inverse))
+    noise *= np.maximum(left_out / _OUTLIER_STDS, 1.0) ** 2
+    weights = np.asarray(cho_solve(cho_factor(covariance + np.diag(noise**2), lower=True), gap))
+    return np.asarray(centre + kernel(*asked) @ weights)

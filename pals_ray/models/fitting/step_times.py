@@ -23,9 +23,7 @@ class StepTimes:
 
     def __init__(self, posterior: Posterior, known: SampleTable) -> None:
         steps_s = known.latency["itl_p50_s"]
-        self._fit = Posterior(
-            replace(known, throughput_tokens_per_s=known.batch / steps_s), posterior.model, posterior.scales
-        )
+        self._fit = Posterior(replace(known, throughput_tokens_per_s=known.batch / steps_s), posterior.model)
         self._top_cap_w = float(known.cap_w.max())
         log2 = np.log2(known.batch)
         logs = np.log(steps_s) - self._log_slowdown(known.cap_w, log2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 #: GridPilot E2 (arXiv 2605.26384), the step of cap at t = 20.0 s from 200 to 280 W on a V100-SXM2: share of the rise in
 #: draw done, against s since the order. The driver lifts the clock in two jumps.
 _RISE_S = (0.105, 0.140, 0.210, 0.277, 0.300, 0.330, 0.450, 0.600)
@@ -22,10 +24,8 @@ def settled_cap_w(before_w: float, ordered_w: float, since_s: float) -> float:
 
 
 def _rise_share(since_s: float) -> float:
-    if since_s <= _RISE_S[0]:
-        return 0.0
-    for i in range(1, len(_RISE_S)):
-        if since_s < _RISE_S[i]:
-            along = (since_s - _RISE_S[i - 1]) / (_RISE_S[i] - _RISE_S[i - 1])
-            return _RISE_SHARE[i - 1] + along * (_RISE_SHARE[i] - _RISE_SHARE[i - 1])
-    return 1.0
+    i = bisect_right(_RISE_S, since_s)
+    if i in (0, len(_RISE_S)):
+        return float(i > 0)
+    along = (since_s - _RISE_S[i - 1]) / (_RISE_S[i] - _RISE_S[i - 1])
+    return _RISE_SHARE[i - 1] + along * (_RISE_SHARE[i] - _RISE_SHARE[i - 1])

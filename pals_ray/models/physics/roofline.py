@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from pals_ray.models.physics.step_cost import GroupPhysics, StepGrid
+from pals_ray.models.physics.step_cost import GroupPhysics, Step
 from pals_ray.models.power_model import FloatArray, Prediction
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
 
@@ -47,7 +47,9 @@ class RooflineModel:
         self.step_tokens = step_tokens
         self.num_gpus = physics.parallelism.num_gpus
 
-    def _step(self, cap_w: FloatArray, batch: FloatArray, prompts: FloatArray | float) -> StepGrid:
+    def _step(
+        self, cap_w: FloatArray, batch: FloatArray, prompts: FloatArray | float
+    ) -> Step[FloatArray, NDArray[np.bool_]]:
         """A decode step that also prefills this many prompts on average."""
         w = self.workload
         kv_tokens = batch * (w.prompt_tokens + w.output_tokens / 2.0)

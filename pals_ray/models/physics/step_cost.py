@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,6 +26,7 @@ from pals_ray.models.specs import GpuSpec, ModelSpec, Parallelism
 
 # The same formulas serve one step in a worker's hot loop (floats: no numpy overhead) and grids (arrays).
 _N = TypeVar("_N", float, FloatArray)
+_B = TypeVar("_B", bool, NDArray[np.bool_])
 
 _BISECTIONS = 16
 _TINY = 1e-12
@@ -38,8 +39,7 @@ _OCCUPANCY_EXPONENT = 0.2
 _E = math.e
 
 
-@dataclass(frozen=True, slots=True)
-class StepWork:
+class StepWork(NamedTuple):
     """What one engine step has to do, over the whole replica.
 
     `prefill_tokens` prompt tokens are computed, each attending to `prefill_context_tokens` tokens on average;
@@ -59,18 +59,18 @@ def mean_prefill_context(chunks: Sequence[tuple[float, float]]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One GPU's step: duration, mean draw, clock share, and what it would draw uncapped.
+class Step(Generic[_N, _B]):
+    """One GPU's step, or arrays of many: duration, mean draw, clock share, and what it would draw uncapped.
 
     `binding` says that the cap holds the clock down, `honours_cap` is False where even the clock floor draws more.
     """
 
-    duration_s: float
-    power_w: float
-    clock: float
-    natural_w: float
-    binding: bool
-    honours_cap: bool
+    duration_s: _N
+    power_w: _N
+    clock: _N
+    natural_w: _N
+    binding: _B
+    honours_cap: _B
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +79,7 @@ class GroupStep:
 
     duration_s: float
     power_w: tuple[float, ...]
-    ranks: tuple[Step, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StepGrid:
-    """Many steps at once: arrays of the broadcast shape; `power_w` is one GPU's."""
-
-    duration_s: FloatArray
-    power_w: FloatArray
-    clock: FloatArray
-    natural_w: FloatArray
-    honours_cap: NDArray[np.bool_]
+    ranks: tuple[Step[float, bool], ...]
 
 
 def distinct_expert_share(tokens: _N, experts: int, active: int) -> _N:
@@ -148,7 +137,6 @@ class GroupPhysics:
             # Ring all-reduce, twice a layer: 2 (n - 1) / n of the activations, over half the duplex NVLink rate.
             link = gpu.nvlink_bytes_per_s / 2.0 * c.link_efficiency
             self._token_link_s = 2.0 * model.layers * 2.0 * (n - 1) / n * model.hidden * 2.0 / link
-        self._sequence_s = c.sequence_overhead_s
         span_w = gpu.max_limit_w - gpu.idle_context_w
         self._active_w = c.active_power * span_w
         self._busy_w = c.busy_power * span_w
@@ -180,7 +168,7 @@ class GroupPhysics:
         attention = (prefill * context + kv) * self._pair_compute_s
         compute = tokens * self._token_compute_s + attention
         peak_compute = compute + tokens * self._token_excess_s
-        fixed = self._fixed_s + seqs * self._sequence_s + tokens * self._token_link_s
+        fixed = self._fixed_s + seqs * self.constants.sequence_overhead_s + tokens * self._token_link_s
         fixed = fixed + (prefill > 0.0) * self._prefill_fixed_s
         occupancy: _N = (tokens / _FULL_CHUNK_TOKENS) ** _OCCUPANCY_EXPONENT
         return peak_memory, peak_compute, fixed, memory, compute, occupancy
@@ -209,9 +197,9 @@ class GroupPhysics:
         power: _N = self.gpu.idle_context_w + die * dynamic
         return power
 
-    def step(self, work: StepWork, cap_w: float, die: float = 1.0) -> Step:
+    def step(self, work: StepWork, cap_w: float, die: float = 1.0) -> Step[float, bool]:
         """One GPU's step under an effective cap, W. `die` is its factor on dynamic power (see `die_factor`)."""
-        needs = self._needs(work.prefill_tokens, work.prefill_context_tokens, work.decode_seqs, work.kv_tokens)
+        needs = self._needs(*work)
         natural_w = self._power(needs, 1.0, die)
         goal_w = cap_w * (1.0 - self.constants.cap_margin)
         if natural_w <= goal_w:
@@ -238,13 +226,12 @@ class GroupPhysics:
 
     def locked_step(self, work: StepWork, clock: float) -> tuple[float, float]:
         """Duration, s, and one GPU's mean draw, W, with the SM clock locked at this share of its highest."""
-        needs = self._needs(work.prefill_tokens, work.prefill_context_tokens, work.decode_seqs, work.kv_tokens)
+        needs = self._needs(*work)
         return self._duration(needs, clock), self._power(needs, clock, 1.0)
 
     def natural_draw_w(self, work: StepWork, die: float = 1.0) -> float:
         """One GPU's mean draw in this step if nothing capped it, W."""
-        needs = self._needs(work.prefill_tokens, work.prefill_context_tokens, work.decode_seqs, work.kv_tokens)
-        return self._power(needs, 1.0, die)
+        return self._power(self._needs(*work), 1.0, die)
 
     def sweep(
         self,
@@ -253,7 +240,7 @@ class GroupPhysics:
         kv_tokens: ArrayLike = 0.0,
         prefill_tokens: ArrayLike = 0.0,
         prefill_context_tokens: ArrayLike = 0.0,
-    ) -> StepGrid:
+    ) -> Step[FloatArray, NDArray[np.bool_]]:
         """`step` for arrays, broadcast against each other: the same formulas, on a die of factor 1."""
         cap, seqs, kv, prefill, context = (
             np.array(a, dtype=np.float64)
@@ -273,4 +260,4 @@ class GroupPhysics:
                 low, high = np.where(within, middle, low), np.where(within, high, middle)
         clock = np.where(free, 1.0, low)
         power_w = self._power(needs, clock, 1.0)
-        return StepGrid(self._duration(needs, clock), power_w, clock, natural_w, floor_w <= cap)
+        return Step(self._duration(needs, clock), power_w, clock, natural_w, ~free, floor_w <= cap)

@@ -2,7 +2,16 @@
 
 import pytest
 
-from pals_ray.models.specs import GPUS, MODELS, Parallelism, UnknownSpecError, find_gpu, find_model
+from pals_ray.models.specs import (
+    GPUS,
+    MODELS,
+    Parallelism,
+    SpecFileError,
+    UnknownSpecError,
+    find_gpu,
+    find_model,
+    read_table,
+)
 
 
 @pytest.mark.parametrize("name", sorted(GPUS))
@@ -57,3 +66,10 @@ def test_an_unknown_model_is_refused_with_the_known_ones():
 def test_a_group_has_as_many_gpus_as_its_wider_parallelism():
     assert Parallelism(4, 1).num_gpus == 4
     assert Parallelism(1, 8).num_gpus == 8
+
+
+def test_a_row_with_a_missing_or_unknown_key_is_refused_naming_file_and_row():
+    with pytest.raises(SpecFileError, match=r"gpus\.json, row 1 \(V100-SXM2\): .*colour"):
+        read_table("gpus.json", lambda colour, **row: row)
+    with pytest.raises(SpecFileError, match=r"gpus\.json, row 1 \(V100-SXM2\): .*unexpected keyword argument"):
+        read_table("gpus.json", lambda name: name)

@@ -31,16 +31,16 @@ def curves():
 def test_twelve_points_predict_the_rest_of_three_zeus_grids():
     groups = [g for g in zeus_groups(DATA / "zeus_nsdi23") if g[0].split()[0] == "V100" and "bert" not in g[0]]
     rows = zeus_errors([g for g in groups if "ncf" not in g[0]], with_baselines=False)
-    ours = np.array([row.ours for row in rows])
+    ours = np.array([row.errors[0] for row in rows])
     assert len(rows) == 3
     assert (ours.mean(axis=0) <= (0.042, 0.028)).all()
     assert (ours.max(axis=0) <= (0.09, 0.06)).all()
 
 
 def test_left_out_batches_of_a_dense_and_a_mixture_curve_are_predicted(curves):
-    chosen = [c for c in curves if c.gpu == "H100-SXM" and c.num_gpus in (1, 4)]
+    chosen = [c for c in curves if c.gpu == "H100-SXM" and c.table.num_gpus in (1, 4)]
     chosen = [c for c in chosen if "Llama-3.1-8B" in c.model_id or "Scout" in c.model_id]
-    mean = batch_errors(chosen, with_baselines=False).ours["H100-SXM"].mean(axis=0)
+    mean = batch_errors(chosen, with_baselines=False)["ours"]["H100-SXM"].mean(axis=0)
     assert len(chosen) == 2
     assert (mean <= (0.02, 0.015, 0.025)).all()
 
