@@ -135,15 +135,13 @@ def _llm_config(model: ModelConfig, hardware: HardwareSpec) -> LLMConfig:
     content["server_cls"] = PowerLLMServer
     placement = content.setdefault("placement_group_config", {})
     placement["strategy"] = "STRICT_PACK"
-    if hardware.kind == "virtual":
-        content.setdefault("accelerator_config", {"kind": "cpu"})
-        if not placement.get("bundles"):
-            placement.setdefault("bundle_per_worker", dict(_CPU_BUNDLE))
-        deployment = content.setdefault("deployment_config", {})
-        deployment["ray_actor_options"] = {**_CPU_ACTOR, **deployment.get("ray_actor_options", {})}
-    elif not placement.get("bundles"):
-        placement.setdefault("bundle_per_worker", {"GPU": 1})
+    virtual = hardware.kind == "virtual"
+    if not placement.get("bundles"):
+        placement.setdefault("bundle_per_worker", dict(_CPU_BUNDLE) if virtual else {"GPU": 1})
     deployment = content.setdefault("deployment_config", {})
+    if virtual:
+        content.setdefault("accelerator_config", {"kind": "cpu"})
+        deployment["ray_actor_options"] = {**_CPU_ACTOR, **deployment.get("ray_actor_options", {})}
     for key in _SCALE_KEYS:
         deployment.pop(key, None)
     deployment.setdefault("health_check_period_s", 2)

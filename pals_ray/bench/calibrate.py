@@ -7,12 +7,12 @@ FACTS says of capped GPUs; V100 takes H100's serving constants and its power law
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
+import typer
 
 from pals_ray.bench.measured_data import Curve, load_gridpilot_e1, load_mlenergy
 from pals_ray.models.physics.constants import SiliconConstants
@@ -105,9 +105,8 @@ def _residuals(gpu: str, curves: Sequence[Curve]) -> Callable[[SiliconConstants]
     )
 
     def residuals(c: SiliconConstants) -> FloatArray:
-        parts = [(weight * _robust(log_errors(c, curves) / _TOLERANCE)).reshape(-1)] if curves else []
-        parts.append(_cap_residuals(gpu, c))
-        return np.concatenate(parts)
+        served = (weight * _robust(log_errors(c, curves) / _TOLERANCE)).reshape(-1) if curves else []
+        return np.concatenate([served, _cap_residuals(gpu, c)])
 
     return residuals
 
@@ -228,15 +227,11 @@ def render(table: Mapping[str, SiliconConstants], provenance: Mapping[str, str])
     return json.dumps(rows, indent=2) + "\n"
 
 
-def main(argv: Sequence[str]) -> int:
-    """Write the table next to the models; the one argument is the folder of the data."""
-    if len(argv) != 2:
-        sys.stderr.write("usage: python -m pals_ray.bench.calibrate DATA_FOLDER\n")
-        return 2
+def main(data_folder: Path) -> None:
+    """Write the table next to the models, fitted to the data in this folder."""
     target = Path(__file__).parents[1] / "models" / "data" / "silicon_constants.json"
-    target.write_text(render(*calibrate(Path(argv[1]))))
-    return 0
+    target.write_text(render(*calibrate(data_folder)))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv))
+    typer.run(main)

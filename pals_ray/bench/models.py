@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections import defaultdict
@@ -32,6 +31,7 @@ from pals_ray.bench.measured_data import (
     load_mlenergy,
     zeus_groups,
 )
+from pals_ray.errors import PalsError
 from pals_ray.models.fitting.accuracy import evaluate_chosen, leave_batches_out
 from pals_ray.models.fitting.fit import Posterior
 from pals_ray.models.fitting.fitted_surface import fit_surface
@@ -41,6 +41,7 @@ from pals_ray.models.physics.constants import CONSTANTS, provenance_of
 from pals_ray.models.physics.step_cost import GroupPhysics, StepWork
 from pals_ray.models.power_model import FloatArray
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
+from pals_ray.plots.tables import markdown_table, replace_between
 
 ZEUS_POINTS = 12
 LOOKUPS = 10_000
@@ -183,11 +184,6 @@ def _percent(values: Iterable[float]) -> list[str]:
     return [f"{100 * v:.2f} %" if abs(v) < 0.1 else f"{100 * v:.1f} %" for v in values]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
-
-
 def _zeus_section(rows: Sequence[ZeusRow]) -> list[str]:
     body = [[r.name, str(r.cells), *_percent(r.errors.flat)] for r in rows]
     means = np.mean([r.errors for r in rows], axis=0)
@@ -198,7 +194,7 @@ def _zeus_section(rows: Sequence[ZeusRow]) -> list[str]:
         f"{ZEUS_POINTS} points chosen by the rule; error over all other cells. Forest: on the same points, and on a",
         "random 80 % of the grid, as PALS did.",
         "",
-        *_table(
+        *markdown_table(
             ["group", "cells", "throughput", "power", "forest T", "forest P", "forest 80 % T", "forest 80 % P"], body
         ),
     ]
@@ -218,7 +214,7 @@ def _batch_section(errors: dict[str, dict[str, FloatArray]]) -> list[str]:
         "",
         "Every curve with at least 7 batch limits, each inner one left out in turn; the forest predicts no ITL here.",
         "",
-        *_table(["model", "over", "points", "throughput", "power", "median ITL"], body),
+        *markdown_table(["model", "over", "points", "throughput", "power", "median ITL"], body),
     ]
 
 
@@ -229,7 +225,7 @@ def _prior_section(errors: dict[str, FloatArray]) -> list[str]:
     body = [row(family, e) for family, e in errors.items()]
     body.append(row("**all**", np.concatenate(list(errors.values()), axis=1)))
     head = ["left-out family", "points", "T median", "P median", "ITL median", "T 90th", "P 90th", "ITL 90th"]
-    return ["### The prior on families it has never seen (ML.ENERGY)", "", *_table(head, body)]
+    return ["### The prior on families it has never seen (ML.ENERGY)", "", *markdown_table(head, body)]
 
 
 def _cap_section(data: Path) -> list[str]:
@@ -253,13 +249,13 @@ def _cap_section(data: Path) -> list[str]:
         "Given a kernel's 300 W and 200 W cells, error at the other two caps "
         f"(mean {means[0]} throughput, {means[1]} power):",
         "",
-        *_table(["kernel", "T 250 W", "T 150 W", "P 250 W", "P 150 W"], body),
+        *markdown_table(["kernel", "T 250 W", "T 150 W", "P 250 W", "P 150 W"], body),
         "Virtual V100 after a change of cap between 280 W and 200 W: ms until a share of the change is done.",
         "",
-        *_table(["way", "share", "E2", "virtual"], steps),
+        *markdown_table(["way", "share", "E2", "virtual"], steps),
         "### The virtual H100 under a cap, compute-bound (FACTS)",
         "",
-        *_table(["cap, W", "clock, MHz", "virtual", "off by", "throughput", "virtual"], capped),
+        *markdown_table(["cap, W", "clock, MHz", "virtual", "off by", "throughput", "virtual"], capped),
     ]
 
 
@@ -280,7 +276,7 @@ def report(data: Path) -> str:
     """The generated part of `docs/models.md`."""
     curves = load_mlenergy(data / "mlenergy" / "lm-arena-chat.json")
     longest = max((c.table for c in curves), key=len)
-    constants = _table(["GPU", "constants"], [[name, provenance_of(name)] for name in CONSTANTS])
+    constants = markdown_table(["GPU", "constants"], [[name, provenance_of(name)] for name in CONSTANTS])
     lines = [
         *_zeus_section(zeus_errors(zeus_groups(data / "zeus_nsdi23"))),
         *_batch_section(batch_errors(curves)),
@@ -303,13 +299,9 @@ def models(
 ) -> None:
     """Measure the models on other people's data; write the tables into docs/models.md and the picture beside it."""
     if not data.is_dir():
-        sys.stderr.write(f"pals bench models: no folder {data}: it holds the measured data (README, ../shared/data)\n")
-        raise typer.Exit(1)
+        raise PalsError(f"no folder {data}: it holds the measured data (README, ../shared/data)")
     text = report(data)
-    page = docs / "models.md"
-    before, _, rest = page.read_text().partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    page.write_text(f"{before}{_BEGIN}\n\n{text}\n{_END}{after}")
+    replace_between(docs / "models.md", _BEGIN, _END, text)
 
     from pals_ray.plots.models import plot_virtual_curves
 

@@ -24,7 +24,14 @@ def known_model(name: str) -> str:
     return name
 
 
+def _known_gpu(name: str) -> str:
+    if name not in GPUS:
+        raise ValueError(f"unknown GPU {name!r}; possible are {', '.join(sorted(GPUS))}")
+    return name
+
+
 KnownModel = Annotated[str, AfterValidator(known_model)]
+KnownGpu = Annotated[str, AfterValidator(_known_gpu)]
 
 
 class OverheadConfig(StrictModel):
@@ -53,15 +60,8 @@ class DomainConfig(StrictModel):
 class VirtualNode(StrictModel):
     """The GPUs of a node without any: `count` modelled ones of one type."""
 
-    gpu: str = "A100-SXM"
+    gpu: KnownGpu = "A100-SXM"
     count: int = Field(4, ge=1, le=64)
-
-    @field_validator("gpu")
-    @classmethod
-    def _known(cls, gpu: str) -> str:
-        if gpu not in GPUS:
-            raise ValueError(f"unknown virtual GPU {gpu!r}; possible are {', '.join(sorted(GPUS))}")
-        return gpu
 
 
 class HardwareConfig(StrictModel):

@@ -46,7 +46,7 @@ def load_policy(path: str) -> Policy:
     """The function at `package.module:function`. Raises `UnknownPolicy` with what is wrong."""
     module_name, _, function_name = path.partition(":")
     try:
-        policy = getattr(importlib.import_module(module_name), function_name)
+        policy: Policy = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UnknownPolicy(
             f"policy {path!r} cannot be loaded ({error}); name one of ours, as policies.proportional:allocate, or a "
@@ -54,5 +54,4 @@ def load_policy(path: str) -> Policy:
         ) from error
     if not callable(policy):
         raise UnknownPolicy(f"policy {path!r} is not a function")
-    loaded: Policy = policy
-    return loaded
+    return policy

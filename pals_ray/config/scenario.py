@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pals_ray.config.fleet import DomainConfig, KnownModel, OverheadConfig, Seconds, TargetConfig, Watts
+from pals_ray.config.fleet import DomainConfig, KnownGpu, KnownModel, OverheadConfig, Seconds, TargetConfig, Watts
 from pals_ray.config.reader import ConfigError, StrictModel, check_mapping, read_content
-from pals_ray.models.specs import GPUS
 
 #: The scenarios that come with pals-ray, in the checkout's top folder.
 SHIPPED = Path(__file__).parents[2] / "scenarios"
@@ -42,18 +41,11 @@ class CitedOverhead(OverheadConfig):
 class NodeSpec(StrictModel):
     """`count` equal nodes of `gpus` GPUs; `models` names the model of each replica on each of them, in order."""
 
-    gpu: str
+    gpu: KnownGpu
     gpus: int = Field(ge=1, le=16)
     count: int = Field(1, ge=1, le=1000)
     models: Annotated[tuple[str, ...], Field(min_length=1)]
     domain: str | None = None
-
-    @field_validator("gpu")
-    @classmethod
-    def _known(cls, gpu: str) -> str:
-        if gpu not in GPUS:
-            raise ValueError(f"unknown GPU {gpu!r}; possible are {', '.join(sorted(GPUS))}")
-        return gpu
 
 
 class ModelSpecEntry(StrictModel):

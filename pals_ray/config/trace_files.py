@@ -27,17 +27,6 @@ MOONCAKE_KEYS = ("timestamp", "input_length", "output_length")
 class MissingTrace(ConfigError):
     """A trace file that is not there: says which path is wanted, and where the file is published."""
 
-    def __init__(self, path: Path, kind: str) -> None:
-        super().__init__(
-            f"no trace at {path}: download it from {PUBLISHED[kind]} and put it there, "
-            "or use --sample-trace for the small synthetic one that is shipped"
-        )
-        self.path = path
-        self.kind = kind
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return MissingTrace, (self.path, self.kind)
-
 
 def load_trace(path: str | Path, kind: str) -> Trace:
     """Read a trace of `kind` "azure" or "mooncake"; requests without output are left out, times count from the first.
@@ -46,7 +35,10 @@ def load_trace(path: str | Path, kind: str) -> Trace:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise MissingTrace(path, kind)
+        raise MissingTrace(
+            f"no trace at {path}: download it from {PUBLISHED[kind]} and put it there, "
+            "or use --sample-trace for the small synthetic one that is shipped"
+        )
     rows = sorted(_azure(path) if kind == "azure" else _mooncake(path))
     rows = [row for row in rows if row[2] >= 1]
     if len(rows) < 2:

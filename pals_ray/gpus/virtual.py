@@ -11,7 +11,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
 
 from pals_ray.gpus.gpu_protocol import (
     GpuError,
@@ -27,24 +26,24 @@ from pals_ray.models.specs import GpuSpec, find_gpu
 from pals_ray.processes import ProcessId, identify, is_alive
 from pals_ray.types import GpuInfo, GpuState, Provenance
 
-S = TypeVar("S")
-
 
 class NoFreeGpuError(GpuError):
     """Every virtual GPU of the node is held by a living process."""
 
 
-class _Switch(Generic[S]):
-    """A field of a GPU's shared record as an attribute, which tests set and every process sees at once."""
+class _Switch:
+    """A number (or 0 and 1) of a GPU's shared record as an attribute, which tests set and every process sees at once.
 
-    def __init__(self, field: str, kind: Callable[[Any], S]) -> None:
+    It has the name of its field.
+    """
+
+    def __set_name__(self, _: type[VirtualGpu], field: str) -> None:
         self._field = field
-        self._kind: Callable[[Any], S] = kind
 
-    def __get__(self, gpu: VirtualGpu, _: type[VirtualGpu] | None = None) -> S:
-        return self._kind(gpu._record[self._field][0])
+    def __get__(self, gpu: VirtualGpu, _: type[VirtualGpu] | None = None) -> float:
+        return float(gpu._record[self._field][0])
 
-    def __set__(self, gpu: VirtualGpu, value: S) -> None:
+    def __set__(self, gpu: VirtualGpu, value: float) -> None:
         gpu._record[self._field] = value
 
 
@@ -68,6 +67,8 @@ class VirtualGpu:
         self._cap = block.latch("cap", index)
         self._claim = block.latch("claim", index)
         self._load = LoadRecord(block.latch("load", index), block.gpus["trail"][index])
+        #: This die's factor on dynamic power (`pals_ray.models.physics.die_spread.die_factor`).
+        self.die = float(self._record["die"][0])
         self._clock = clock
         self._energy_shown_j = 0.0
 
@@ -85,8 +86,7 @@ class VirtualGpu:
 
     def set_limit_w(self, limit_w: float) -> float:
         """Order a limit; the cap in effect moves to it as `settled_cap_w` describes. Raises as the protocol does."""
-        limit_mw = checked_limit_mw(limit_w, self.info)
-        self._order(limit_mw / 1000)
+        self._order(checked_limit_mw(limit_w, self.info) / 1000)
         return self.limit_w()
 
     def may_set_limit(self) -> bool:
@@ -131,13 +131,8 @@ class VirtualGpu:
         What a step draws at the lowest clock depends on its work (`GroupPhysics`), and shows in the measured draw.
         """
         floor_w = self.spec.idle_context_w if self._holder() is not None else 0.0
-        return GpuState(
-            uuid=self.uuid,
-            limit_w=self.limit_w(),
-            power_w=self.power_w(),
-            energy_j=self.energy_j(),
-            floor_w=floor_w if floor_w > self.spec.min_limit_w else 0.0,
-        )
+        floor_w = floor_w if floor_w > self.spec.min_limit_w else 0.0
+        return GpuState(self.uuid, self.limit_w(), self.power_w(), self.energy_j(), floor_w)
 
     def process_ids(self) -> Sequence[int]:
         self._call()
@@ -145,11 +140,6 @@ class VirtualGpu:
         return () if holder is None else (holder.pid,)
 
     # -- the paced worker's side: no driver call and no delay; what runs at every step takes no lock
-
-    @property
-    def die(self) -> float:
-        """This die's factor on dynamic power (`pals_ray.models.physics.die_spread.die_factor`)."""
-        return float(self._record["die"][0])
 
     def effective_cap_w(self, now_s: float) -> float:
         """The cap that the clocks obey at this instant, W; it becomes the limit in force once it has settled."""
@@ -202,13 +192,13 @@ class VirtualGpu:
     # -- what tests switch; seen by every process at once
 
     #: Whether limits may be set.
-    permitted = _Switch("may_set", bool)
+    permitted = _Switch()
     #: Whether the device has fallen off the bus.
-    lost = _Switch("lost", bool)
+    lost = _Switch()
     #: How many of the next orders fail with a plain `GpuError`.
-    failing_sets = _Switch("failing_sets", int)
+    failing_sets = _Switch()
     #: How long each call of the protocol takes, s (an NVML call takes 0.01 to 0.03).
-    call_delay_s = _Switch("call_delay_s", float)
+    call_delay_s = _Switch()
 
     @property
     def out_of_band_limit_w(self) -> float:

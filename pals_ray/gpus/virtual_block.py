@@ -10,7 +10,7 @@ import mmap
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ _GPU = np.dtype(
     [
         ("die", np.float64),
         # What tests (and `pals bench`) may switch.
-        ("may_set", np.int64),
+        ("permitted", np.int64),
         ("lost", np.int64),
         ("failing_sets", np.int64),
         ("call_delay_s", np.float64),
@@ -130,11 +130,9 @@ class VirtualBlock:
         gpus: NDArray[Any] = np.ndarray((int(header["num_gpus"][0]),), _GPU, memory, offset=_HEADER.itemsize)
         return cls(key, find_gpu(header["spec"][0].decode()), gpus)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Exclude all other writers of the node; a thread may enter again. Raises `GpuError` if it takes too long."""
-        with _held(self._lock):
-            yield
+        return _held(self._lock)
 
     def latch(self, field: str, index: int) -> Latch:
         """The latched record `field` of one GPU."""
@@ -180,17 +178,15 @@ def _size(num_gpus: int) -> int:
 
 def _create(key: str, spec: GpuSpec, count: int, now_s: float) -> None:
     """Build the block under another name, then rename it, so that nobody maps a half-written one."""
-    memory = bytearray(_size(count))
-    header = np.ndarray((1,), _HEADER, memory)
-    header["num_gpus"], header["spec"], header["magic"] = count, spec.name.encode(), _MAGIC
-    gpus: NDArray[Any] = np.ndarray((count,), _GPU, memory, offset=_HEADER.itemsize)
+    header = np.array([(_MAGIC, count, spec.name.encode())], _HEADER)
+    gpus = np.zeros(count, _GPU)
     gpus["die"] = [die_factor(i) for i in range(count)]
-    gpus["may_set"] = 1
+    gpus["permitted"] = 1
     limit_w = spec.default_limit_w
     gpus["cap"]["slots"][:, 0] = (limit_w, np.inf, limit_w, now_s)
     # No step has run yet, and no process holds a context.
     gpus["load"]["slots"][:, 0] = (0.0, now_s, now_s, spec.idle_bare_w, spec.idle_bare_w, 0.0, 1.0)
     gpus["trail"][:] = (now_s, 0.0)
     made = gpu_block_path(key).with_name(f"{gpu_block_path(key).name}.{os.getpid()}")
-    made.write_bytes(memory)
+    made.write_bytes(header.tobytes() + gpus.tobytes())
     made.replace(gpu_block_path(key))

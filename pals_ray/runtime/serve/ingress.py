@@ -7,14 +7,15 @@ import os
 from typing import Any
 
 from fastapi import HTTPException, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 from ray import serve
 from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, OpenAiIngress, make_fastapi_ingress
 
 from pals_ray.config.budget_files import ScheduleFile
+from pals_ray.config.fleet import Watts
 from pals_ray.config.operator_requests import FollowRequest
 from pals_ray.config.policy_path import PolicyInfo
-from pals_ray.config.reader import ConfigError
+from pals_ray.config.reader import ConfigError, StrictModel
 from pals_ray.errors import InfeasibleBudget
 from pals_ray.runtime.actors import ensure_manager
 from pals_ray.runtime.client import connect_from_actor
@@ -23,12 +24,10 @@ from pals_ray.types import BudgetSource, FleetStatus, Target
 TOKEN_VARIABLE = "PALS_POWER_TOKEN"
 
 
-class BudgetRequest(BaseModel):
+class BudgetRequest(StrictModel):
     """The body of `PUT /power/budget`."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    budget_w: float = Field(gt=0, allow_inf_nan=False)
+    budget_w: Watts
 
 
 class BudgetAnswer(BaseModel):
