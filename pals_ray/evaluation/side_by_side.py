@@ -35,6 +35,8 @@ LEAD_S = 10.0
 #: Readings of every model at one instant; requests of every model.
 Readings = Mapping[str, Reading]
 Traces = Mapping[str, Trace]
+#: One model over one window, live and simulated: the JSON object that is shown of it.
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,35 +193,25 @@ def _readings(run: Run, now_s: float) -> Readings:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One model over one window, live and simulated."""
-
-    model: str
-    what: str
-    live: ReplicaTelemetry
-    simulated: ReplicaTelemetry
-
-    @property
-    def errors(self) -> dict[str, float | None]:
-        """Simulated over live less 1, of each figure of `LIMITS`; None where a side has nothing to say of it."""
-        live, simulated = figures_of(self.live), figures_of(self.simulated)
-        return {name: _error(live[name], simulated[name]) for name in LIMITS}
-
-    @property
-    def within(self) -> bool:
-        """Whether every error is within its limit."""
-        return all(error is not None and abs(error) <= LIMITS[name] for name, error in self.errors.items())
+def within(row: Row) -> bool:
+    """Whether every error of a row is within its limit."""
+    return all(error is not None and abs(error) <= LIMITS[name] for name, error in row["errors"].items())
 
 
 def rows_of(stage: Stage, live: Sequence[Readings], twins: Sequence[Readings]) -> list[Row]:
-    """Each model in each window of a stage, by what both sides' counters said at its looks."""
+    """Each model in each window of a stage, by what both sides' counters said at its looks.
+
+    `errors` are simulated over live less 1, of each figure of `LIMITS`; None where a side has nothing to say of it.
+    """
     rows = []
     for number, what in enumerate(stage.windows):
         first, last = 2 * number, 2 * number + 1
         for model in live[first]:
             seen = between(live[first][model], live[last][model])
-            rows.append(Row(model, what, seen, between(twins[first][model], twins[last][model])))
+            ours, theirs = figures_of(between(twins[first][model], twins[last][model])), figures_of(seen)
+            row = {"model": model, "what": what, "live": theirs, "simulated": ours}
+            row["errors"] = {name: _error(theirs[name], ours[name]) for name in LIMITS}
+            rows.append(row | {"late_share": seen.late_share, "modelled_over_wall": seen.modelled_over_wall})
     return rows
 
 
@@ -235,23 +227,8 @@ def figures_of(seen: ReplicaTelemetry) -> dict[str, float | None]:
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """The JSON object: every row with both sides and errors, the largest errors, and whether all are within limits."""
-    found = {name: [abs(row.errors[name] or 0.0) for row in rows] for name in LIMITS}
-    return {
-        "within": all(row.within for row in rows),
-        "largest_errors": {name: max(errors) for name, errors in found.items()},
-        "rows": [
-            {
-                "model": row.model,
-                "what": row.what,
-                "live": figures_of(row.live),
-                "simulated": figures_of(row.simulated),
-                "errors": row.errors,
-                "late_share": row.live.late_share,
-                "modelled_over_wall": row.live.modelled_over_wall,
-            }
-            for row in rows
-        ],
-    }
+    errors = {name: max(abs(row["errors"][name] or 0.0) for row in rows) for name in LIMITS}
+    return {"within": all(map(within, rows)), "largest_errors": errors, "rows": list(rows)}
 
 
 def _error(live: float | None, simulated: float | None) -> float | None:

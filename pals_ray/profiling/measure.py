@@ -18,10 +18,10 @@ from pals_ray.control.telemetry import Reading, between
 from pals_ray.errors import PalsError
 from pals_ray.models.profile import ProfileSample
 from pals_ray.profiling.load import ClosedLoop, loaded
-from pals_ray.profiling.steady import SteadyRule, Window, first_tokens, steady_window
+from pals_ray.profiling.steady import SteadyRule, first_tokens, steady_window
 from pals_ray.runtime.client import own_errors
 from pals_ray.runtime.messages import MANAGER_NAME, NAMESPACE, Measurement, agent_name
-from pals_ray.types import OperatingPoint
+from pals_ray.types import OperatingPoint, ReplicaTelemetry
 
 RENEW_S = 1.0
 READ_S = 1.0
@@ -166,9 +166,9 @@ async def measure(
                         readings, reason = [], "the point in force, and no other requests"
                     elif first_tokens(read.reading) - begun >= point.batch_limit:
                         readings.append(read.reading)
-                        window, reason = steady_window(readings, rule)
-                        if window is not None:
-                            return _sample(window, point, replica.subject)
+                        first, reason = steady_window(readings, rule)
+                        if first is not None:
+                            return _sample(between(first, read.reading), point, replica.subject)
                     elapsed_s = readings[-1].time_s - readings[0].time_s if readings else 0.0
                     tell(min(elapsed_s / rule.least_s, 0.95), reason)
         except TimeoutError:
@@ -186,8 +186,7 @@ def _requests(reading: Reading) -> int:
     return reading.engine.running + reading.engine.waiting if reading.engine else 0
 
 
-def _sample(window: Window, point: OperatingPoint, subject: MeasurementSubject) -> ProfileSample:
-    seen = between(window.first, window.last)
+def _sample(seen: ReplicaTelemetry, point: OperatingPoint, subject: MeasurementSubject) -> ProfileSample:
     return ProfileSample(
         power_cap_w=point.cap_w,
         batch_limit=point.batch_limit,
