@@ -5,16 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from pals_ray.evaluation.policy_tables import gain, gain_with_width, policy_rows
 from pals_ray.evaluation.results import summary
 from pals_ray.evaluation.scenario_run import plan_scenario, run_plans, write_report
-from pals_ray.plots.tables import markdown_table, percent, replace_between
-
-Json = dict[str, Any]
+from pals_ray.plots.tables import Json, markdown_table, percent, replace_between
 
 SCENARIOS = ("pals_node", "pals_cluster", "demand_response", "regulation", "mixed_fleet", "failures")
 _BEGIN, _END = "<!-- bench: begin -->", "<!-- bench: end -->"

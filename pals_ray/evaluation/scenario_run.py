@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -23,9 +22,8 @@ from pals_ray.evaluation.html_page import html_report
 from pals_ray.evaluation.policy_tables import cases_csv
 from pals_ray.evaluation.results import summary
 from pals_ray.models.physics.roofline import Workload
+from pals_ray.plots.tables import Json
 from pals_ray.simulation.traces import Trace
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,8 +13,7 @@ from pals_ray.models.physics.roofline import RooflineModel, Workload
 from pals_ray.models.physics.step_cost import GroupPhysics
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
 from pals_ray.plots.picture import picture, shades
-
-Json = dict[str, Any]
+from pals_ray.plots.tables import Json
 
 _COLORS = ("grey", "brown", "olive", "pink", "orange", "blue", "cyan", "red", "purple")
 #: A colour for every policy, and for the oracle.
