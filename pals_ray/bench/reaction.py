@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
 
 import numpy as np
 import ray
@@ -106,18 +105,7 @@ def sleeping_fleet(agents: int) -> Iterator[tuple[Fleet, VirtualDriver]]:
 
 async def _start(key: str, storage: str, agents: int, sleepers: list[subprocess.Popen[bytes]]) -> Fleet:
     manager = await ensure_manager(storage)
-    await manager.configure.remote(_fleet_file(storage, agents), "1", "")
-    specs = []
-    for index in range(agents):
-        sleepers.append(subprocess.Popen(["sleep", "infinity"]))
-        specs.append(_spec(key, storage, index, agents, sleepers[-1].pid))
-    found = await asyncio.gather(*map(ensure_agent, specs))
-    await asyncio.gather(*(agent.claim.remote([f"GPU-virtual-{key}-{index}"], 32) for index, agent in enumerate(found)))
-    return Fleet()
-
-
-def _fleet_file(storage: str, agents: int) -> dict[str, Any]:
-    return {
+    content = {
         "budget_w": 200.0 * agents,
         # No requests come to these replicas: their agents would stay at the lowest cap if the policy did not pin caps.
         "policy": "policies.batch_only:allocate",
@@ -125,6 +113,14 @@ def _fleet_file(storage: str, agents: int) -> dict[str, Any]:
         "storage_path": storage,
         "models": [{"llm_config": {"model_loading_config": {"model_id": MODEL}}, "stands_for": "Qwen3-32B"}],
     }
+    await manager.configure.remote(content, "1", "")
+    specs = []
+    for index in range(agents):
+        sleepers.append(subprocess.Popen(["sleep", "infinity"]))
+        specs.append(_spec(key, storage, index, agents, sleepers[-1].pid))
+    found = await asyncio.gather(*map(ensure_agent, specs))
+    await asyncio.gather(*(agent.claim.remote([f"GPU-virtual-{key}-{index}"], 32) for index, agent in enumerate(found)))
+    return Fleet()
 
 
 def _spec(key: str, storage: str, index: int, agents: int, pid: int) -> AgentSpec:

@@ -74,9 +74,8 @@ async def live_setting(fleet: Fleet, key: str, config: FleetConfig) -> SimSettin
     dies = {gpu.uuid: gpu.die for gpu in VirtualDriver.attach(key).gpus()}
     members = []
     for row in (await fleet.status_async()).replicas:
-        engine = ControlBlock.attach(block_path(key, row.replica_id.partition("#")[2])).scheduler()
-        own = tuple(dies.pop(uuid) for uuid in row.gpus)
-        members.append(side_by_side.Member(row.model, own, engine.max_batch, engine.step_tokens, engine.kv_tokens))
+        scheduler = ControlBlock.attach(block_path(key, row.replica_id.partition("#")[2])).scheduler()
+        members.append((row.model, tuple(dies.pop(uuid) for uuid in row.gpus), scheduler))
     return side_by_side.twin(config, members, list(dies.values()))
 
 

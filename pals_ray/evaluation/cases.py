@@ -126,13 +126,10 @@ def step_tokens(gpu: str) -> int:
 
 
 def _nodes(scenario: Scenario, spec: FleetSpec) -> Iterator[SimNode]:
-    number = 0
-    for node in spec.nodes:
-        a_w = scenario.overhead.a_w * node.gpus / scenario.overhead.gpus
-        for _ in range(node.count):
-            number += 1
-            overhead = Overhead(a_w, scenario.overhead.b)
-            yield SimNode(f"node-{number}", node.gpu, node.gpus, node.models, node.domain, overhead)
+    each = (node for node in spec.nodes for _ in range(node.count))
+    for number, node in enumerate(each, start=1):
+        overhead = Overhead(scenario.overhead.a_w * node.gpus / scenario.overhead.gpus, scenario.overhead.b)
+        yield SimNode(f"node-{number}", node.gpu, node.gpus, node.models, node.domain, overhead)
 
 
 def full_charge_w(fleet: SimFleet) -> float:

@@ -49,7 +49,7 @@ def run_case(runs: CaseRuns, policies: Sequence[str], seeds: Sequence[int]) -> J
     found = {policy: _policy(runs, of, static, oracle_gain) for policy, of in made.items()}
     if oracle is not None:
         found["oracle"]["point"] = asdict(oracle[0])
-    fleet, natural_w = runs.limited(seeds[0])
+    fleet, natural_w, *_ = runs.limited(seeds[0])
     limits = {m.name: {"ttft_p99_s": m.target.ttft_p99_s, "itl_p99_s": m.target.itl_p99_s} for m in fleet.models}
     return {
         "case": case.name,

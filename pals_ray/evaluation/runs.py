@@ -113,8 +113,9 @@ class CaseRuns:
             )
         return offered
 
-    def _limited(self, seed: int) -> tuple[SimFleet, float]:
-        """The fleet with the latency limits that `static` sets at this demand, and what that draws, W at node level.
+    def _limited(self, seed: int) -> tuple[SimFleet, float, float, BudgetPlan | None]:
+        """The fleet with the latency limits that `static` sets at this demand; what that draws and the budget, W at
+        node level; and the plan that moves the budget.
 
         A saturated run has no latency limits: its queue grows for ever.
         """
@@ -129,7 +130,9 @@ class CaseRuns:
                 ttft_s, itl_s = limits.ttft_p99 * ttft_s, limits.itl_p99 * itl_s
                 model = replace(model, target=replace(model.target, ttft_p99_s=ttft_s, itl_p99_s=itl_s))
             models.append(model)
-        return replace(self.fleet, models=tuple(models)), result.node_energy_j / result.duration_s
+        natural_w = result.node_energy_j / result.duration_s
+        budget_w, plan = budget_of(self.case, self.fleet, self._folder, natural_w, seed)
+        return replace(self.fleet, models=tuple(models)), natural_w, budget_w, plan
 
     def run(self, policy: str, seed: int) -> Run:
         """One policy on one seed. `power_only_best` is tuned first, on the scenario's tuning seeds."""
@@ -139,9 +142,9 @@ class CaseRuns:
 
     def fixed(self, points: dict[str, OperatingPoint], seed: int) -> Run:
         """Every model's replicas at one point throughout, without a budget."""
-        fleet, _ = self.limited(seed)
+        fleet, _, _, plan = self.limited(seed)
         setting = self._setting(fixed_at(replace(fleet, domains=()), points), uniform.allocate, seed)
-        return self._simulated(setting, self._budget(seed)[1])
+        return self._simulated(setting, plan)
 
     def best_power_only(self) -> str:
         """`power_only@BATCH` of the batch that keeps the limits best on the tuning seeds, then gains most tokens/J.
@@ -206,8 +209,7 @@ class CaseRuns:
         return counts_as_gain(run.figures["violation_rate"], own, self.case.scenario.violation_limit)
 
     def _made(self, policy: str, seed: int) -> Run:
-        fleet, _ = self.limited(seed)
-        budget_w, plan = self._budget(seed)
+        fleet, _, budget_w, plan = self.limited(seed)
         setting = replace(self._setting(fleet, policy_named(policy), seed), budget_w=budget_w, plan=plan)
         return self._simulated(setting, plan)
 
@@ -218,10 +220,6 @@ class CaseRuns:
         result = simulate(setting, self.requests(setting.seed))
         found = figures(result, WARM_UP_S, plan if isinstance(plan, FollowedSignal) else None)
         return Run(setting.seed, found, result)
-
-    def _budget(self, seed: int) -> tuple[float, BudgetPlan | None]:
-        _, natural_w = self.limited(seed)
-        return budget_of(self.case, self.fleet, self._folder, natural_w, seed)
 
     def _setting(self, fleet: SimFleet, policy: Policy, seed: int, duration_s: float | None = None) -> SimSetting:
         """A run under a budget that never binds."""

@@ -16,6 +16,7 @@ from pals_ray.config.policy_path import load_policy
 from pals_ray.control.budget.moving_budget import ScheduledBudget
 from pals_ray.control.budget.schedule import Entry
 from pals_ray.control.telemetry import Reading, between
+from pals_ray.engine.control_block import SchedulerReading
 from pals_ray.evaluation.runs import fixed_at
 from pals_ray.models.physics.roofline import RooflineModel, Workload
 from pals_ray.models.specs import Parallelism, find_gpu
@@ -82,26 +83,15 @@ STAGES: tuple[Stage, ...] = (
 )
 
 
-def _lengths() -> Trace:
-    """Prompts of 32 to 160 tokens and outputs of 32 to 96, in every combination of steps of 4 and 2."""
-    prompts, outputs = np.meshgrid(np.arange(32, 161, 4), np.arange(32, 97, 2))
-    return Trace(np.zeros(prompts.size), prompts.reshape(-1), outputs.reshape(-1), 1.0)
-
-
-LENGTHS = _lengths()
+_PROMPTS, _OUTPUTS = np.meshgrid(np.arange(32, 161, 4), np.arange(32, 97, 2))
+#: Prompts of 32 to 160 tokens and outputs of 32 to 96, in every combination of steps of 4 and 2.
+LENGTHS = Trace(np.zeros(_PROMPTS.size), _PROMPTS.reshape(-1), _OUTPUTS.reshape(-1), 1.0)
 WORKLOAD = Workload(float(LENGTHS.prompt_tokens.mean()), float(LENGTHS.output_tokens.mean()))
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A live replica as the simulator has to know it: its model, the factors of its GPUs' dies, and the limits that
-    its engine's scheduler goes by."""
-
-    model: str
-    dies: tuple[float, ...]
-    max_batch: int
-    step_tokens: int
-    kv_tokens: int
+#: A live replica as the simulator has to know it: its model, the factors of its GPUs' dies, and what its engine's
+#: scheduler says of its limits.
+Member = tuple[str, tuple[float, ...], SchedulerReading]
 
 
 def twin(config: FleetConfig, members: Sequence[Member], parked_dies: Sequence[float]) -> SimSetting:
@@ -113,25 +103,25 @@ def twin(config: FleetConfig, members: Sequence[Member], parked_dies: Sequence[f
     entries = {model.model_id: model for model in config.models}
     beliefs = Predictors(config)
     models = []
-    for member in members:
-        entry = entries[member.model]
-        belief = beliefs.of(member.model, gpu, len(member.dies), virtual=True)
+    for name, own_dies, scheduler in members:
+        entry = entries[name]
+        belief = beliefs.of(name, gpu, len(own_dies), virtual=True)
         models.append(
             SimModel(
-                name=member.model,
+                name=name,
                 spec=entry.known_as,
                 gpu=gpu,
                 parallelism=Parallelism(entry.tensor_parallel, entry.expert_parallel),
-                max_batch=member.max_batch,
-                step_tokens=member.step_tokens,
-                kv_tokens=member.kv_tokens,
+                max_batch=scheduler.max_batch,
+                step_tokens=scheduler.step_tokens,
+                kv_tokens=scheduler.kv_tokens,
                 workload=WORKLOAD,
                 target=entry.target.target(),
                 belief=belief.surface if belief is not None else None,
             )
         )
-    dies = (*(die for member in members for die in member.dies), *parked_dies)
-    names = tuple(member.model for member in members)
+    dies = (*(die for _, own_dies, _ in members for die in own_dies), *parked_dies)
+    names = tuple(name for name, *_ in members)
     node = SimNode("node", gpu, len(dies), names, overhead=config.overhead.overhead(), dies=dies)
     return SimSetting(
         fleet=SimFleet((node,), tuple(models), reserve_w=config.reserve_w, time_scale=config.time_scale),

@@ -49,7 +49,10 @@ async def profile_live(
                 f"the budget leaves {subject.replica_id} at most {subject.most_cap_w:g} of {subject.max_cap_w:g} W per "
                 "GPU beside all others at their lowest caps: measuring up to there"
             )
-        with _progress_bar(console) as bar:
+        # Points done, a share for the one under way, and what it waits for.
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, *left, console=console, speed_estimate_period=300) as bar:
             task = bar.add_task("measuring", total=points, completed=len(profile.samples), note="")
 
             async def measured(point: OperatingPoint) -> ProfileSample:
@@ -99,21 +102,6 @@ def _prior_of(subject: MeasurementSubject) -> RooflineModel | None:
     with suppress(UnknownSpecError):
         return known_prior(subject.known_as, subject.gpu, parallelism, subject.time_scale)
     return None
-
-
-def _progress_bar(console: Console) -> Progress:
-    """Points done, a share for the one under way, and what it waits for."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        speed_estimate_period=300,
-    )
 
 
 #: Fields that a profile takes over from the replica that is measured.

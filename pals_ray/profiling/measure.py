@@ -77,9 +77,7 @@ class HeldReplica:
     def in_force(self, read: Measurement) -> bool:
         """Whether the point held is in force on all GPUs and in the engine's scheduler."""
         engine, point = read.reading.engine, self._point
-        if engine is None or point is None:
-            return False
-        return engine.batch_limit == point.batch_limit and _at_cap(read, point)
+        return bool(engine and point and engine.batch_limit == point.batch_limit and _at_cap(read, point))
 
     async def idle(self) -> None:
         """Wait until no request runs or waits. Raises `MeasuringError`."""

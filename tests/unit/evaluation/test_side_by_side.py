@@ -1,6 +1,7 @@
 """The simulated twin of a live fleet, and what is said of the two."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,6 @@ from pals_ray.evaluation.side_by_side import (
     STAGES,
     BudgetStep,
     HeldPoint,
-    Member,
     look_times,
     requests_of,
     rows_of,
@@ -27,8 +27,8 @@ from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry, OperatingPoint
 
 #: The dense replica on the second GPU, the MoE on the first and the last.
 MEMBERS = (
-    Member("tiny-dense", (0.98,), max_batch=32, step_tokens=4096, kv_tokens=262_144),
-    Member("tiny-moe", (1.0, 0.99), max_batch=24, step_tokens=2048, kv_tokens=524_288),
+    ("tiny-dense", (0.98,), SimpleNamespace(max_batch=32, step_tokens=4096, kv_tokens=262_144)),
+    ("tiny-moe", (1.0, 0.99), SimpleNamespace(max_batch=24, step_tokens=2048, kv_tokens=524_288)),
 )
 FULL = HeldPoint(OperatingPoint(250.0, 16), 1.3)
 SECONDS = 20.0
