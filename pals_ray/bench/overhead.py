@@ -121,7 +121,7 @@ def _together(turns: list[LoadResult]) -> tuple[float, float]:
 async def _load(url: str, seconds: float, seed: int) -> LoadResult:
     async with ClosedLoop(url, MODEL, STREAMS, in_full_swing(SHAPE, seed)) as load:
         await asyncio.sleep(seconds)
-    if load.result.failures or not load.result.completed:
+    if load.result.failures or not load.result.ttft_s:
         raise BenchError(f"requests to {url} failed: {load.result.failures[:3] or 'none completed'}")
     return load.result
 

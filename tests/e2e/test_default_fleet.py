@@ -213,7 +213,7 @@ async def _loaded_budget_moves():
                 figures["modelled_over_wall"] += [r.telemetry.modelled_over_wall for r in seen.replicas]
             figures["status"] = httpx.get(f"{URL}/power").json()
     figures["failures"] = dense.result.failures + moe.result.failures
-    figures["completed"] = dense.result.completed + moe.result.completed
+    figures["completed"] = len(dense.result.ttft_s) + len(moe.result.ttft_s)
     figures["ttft_p50_s"] = statistics.median(dense.result.ttft_s + moe.result.ttft_s)
     return figures
 
