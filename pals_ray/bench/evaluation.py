@@ -156,16 +156,12 @@ def page(found: dict[str, Json], about: dict[str, str]) -> str:
     for name, result in found.items():
         lines += [f"### {name}", "", about[name], ""]
         lines += sections[name](result["cases"]) if name in sections else _policies(result["policies"])
-        lines += [f"![{name}]({_picture(name, picture)})" for picture in PICTURES.get(name, ())]
+        lines += [f"![{name}](evaluation/{name}_{picture})" for picture in PICTURES.get(name, ())]
         lines.append("")
     missing = [name for name in SCENARIOS if name not in found]
     if missing:
         lines += [f"Not run for this page: {', '.join(missing)}.", ""]
     return "\n".join(lines)
-
-
-def _picture(name: str, picture: str) -> str:
-    return f"evaluation/{name}_{picture}"
 
 
 def run(names: Sequence[str], out: Path, docs: Path, processes: int | None, sample_trace: bool) -> Path:
@@ -178,7 +174,7 @@ def run(names: Sequence[str], out: Path, docs: Path, processes: int | None, samp
         write_report(plan, result, out / name)
         for picture in PICTURES.get(name, ()):
             (docs / "evaluation").mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(out / name / picture, docs / _picture(name, picture))
+            shutil.copyfile(out / name / picture, docs / f"evaluation/{name}_{picture}")
     file = docs / "evaluation.md"
     replace_between(file, _BEGIN, _END, page(found, {plan.scenario.name: plan.scenario.about for plan in plans}))
     return file

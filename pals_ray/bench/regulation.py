@@ -55,7 +55,7 @@ async def _follow(served: ServedFleet, signal: Signal) -> Followed:
     await served.fleet.set_budget_async(UNCAPPED_BUDGET_W)
     async with loaded(*(ClosedLoop(URL, model, STREAMS, SHAPE) for model in served.model_ids)):
         await asyncio.sleep(SETTLE_S)
-        natural_w = (await watch(served, UNCAPPED_S)).mean_w
+        natural_w, *_ = (await watch(served, UNCAPPED_S)).rates()
         base_w = BASE_SHARE * natural_w
         watts = {"base_w": base_w, "range_w": RANGE_SHARE * base_w, "ceiling_w": CEILING_SHARE * natural_w}
         await served.fleet.set_budget_async(base_w)

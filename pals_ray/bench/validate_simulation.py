@@ -23,8 +23,6 @@ from pals_ray.simulation.setting import SimSetting
 #: The format of each figure, and its factor from SI units.
 _SHOWN_AS = {"tokens_per_s": (".1f", 1), "power_w": (".0f", 1), "itl_p50_s": (".0f", 1e3), "ttft_p50_s": (".0f", 1e3)}
 
-Replicas = Mapping[str, HeldReplica]
-
 
 def run(seconds: float, seed: int) -> Report:
     """Serve the default fleet for some minutes and simulate the same. The figures say whether both agree (`within`)."""
@@ -80,7 +78,7 @@ async def live_setting(fleet: Fleet, key: str, config: FleetConfig) -> SimSettin
 
 
 async def run_live(
-    fleet: Fleet, replicas: Replicas, stage: Stage, traces: Traces, looks_s: tuple[float, ...]
+    fleet: Fleet, replicas: Mapping[str, HeldReplica], stage: Stage, traces: Traces, looks_s: tuple[float, ...]
 ) -> list[Readings]:
     """Run one stage on the live fleet once it is idle. Where the policy is to decide, its telemetry is first given time
     to forget the stage before."""

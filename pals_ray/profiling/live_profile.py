@@ -16,7 +16,7 @@ from rich.table import Table
 from pals_ray.control.manager.measurement import MeasurementSubject
 from pals_ray.models.fitting.accuracy import errors_of
 from pals_ray.models.lookup import SurfaceModel
-from pals_ray.models.physics.roofline import RooflineModel, known_prior
+from pals_ray.models.physics.roofline import known_prior
 from pals_ray.models.profile import Profile, ProfileSample
 from pals_ray.models.specs import Parallelism, UnknownSpecError
 from pals_ray.plots.tables import table
@@ -37,8 +37,12 @@ async def profile_live(
     numbers = itertools.count(seed)
     async with held(model) as replica:
         subject = replica.subject
-        prior = _prior_of(subject)
-        spec = prior.physics.model if prior else None
+        prior = spec = None
+        # A model that no table knows has no prior: the fit has the samples alone.
+        with suppress(UnknownSpecError):
+            parallelism = Parallelism(subject.tensor_parallel, subject.expert_parallel)
+            prior = known_prior(subject.known_as, subject.gpu, parallelism, subject.time_scale)
+            spec = prior.physics.model
         limits = subject.min_cap_w, subject.most_cap_w, subject.max_batch
         grid = grid_of(*limits)
         profile = begin_or_resume(path, _empty(model, subject, shape))
@@ -94,14 +98,6 @@ async def profile_live(
         console.print(f"note: {note}")
     if checked:
         console.print(check_table(surface, profile.model_copy(update={"samples": tuple(checked)})))
-
-
-def _prior_of(subject: MeasurementSubject) -> RooflineModel | None:
-    """What the fleet's manager gives the fit beside the samples; None for a model that no table knows."""
-    parallelism = Parallelism(subject.tensor_parallel, subject.expert_parallel)
-    with suppress(UnknownSpecError):
-        return known_prior(subject.known_as, subject.gpu, parallelism, subject.time_scale)
-    return None
 
 
 #: Fields that a profile takes over from the replica that is measured.

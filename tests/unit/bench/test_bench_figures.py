@@ -49,7 +49,7 @@ def test_too_short_a_run_has_an_error_and_no_score():
 
 def test_a_watch_says_mean_watts_tokens_and_the_share_of_violations():
     seen = watched(lambda t: 500.0, 10)
-    assert (seen.mean_w, seen.tokens_per_s, seen.tokens_per_j) == pytest.approx((500, 2, 0.004))
+    assert seen.rates() == pytest.approx((500, 2, 0.004))
     seen.qos = {"a": QosState(totals=QosTotals(intervals=30, violations=3)), "b": QosState()}
     assert seen.violation_share == 0.1
 
