@@ -23,7 +23,6 @@ from pals_ray.plots.tables import table
 from pals_ray.profiling.load import ClosedLoop, RequestShape, in_full_swing
 from pals_ray.profiling.measure import NotSteady, held, measure
 from pals_ray.profiling.run import begin_or_resume, drawn_points, grid_of, measure_all, write_profile
-from pals_ray.profiling.steady import SteadyRule
 from pals_ray.types import OperatingPoint
 
 
@@ -68,9 +67,7 @@ async def profile_live(
                 def tell(share: float, note: str) -> None:
                     bar.update(task, completed=done + share, note=f"{where}: {note}")
 
-                sample = await measure(
-                    replica, point, ClosedLoop(url, model, point.batch_limit, requests), SteadyRule(), tell
-                )
+                sample = await measure(replica, point, ClosedLoop(url, model, point.batch_limit, requests), tell)
                 bar.update(task, completed=done + 1, note="")
                 return sample
 

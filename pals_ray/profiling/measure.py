@@ -139,7 +139,6 @@ async def measure(
     replica: HeldReplica,
     point: OperatingPoint,
     load: ClosedLoop,
-    rule: SteadyRule,
     tell: Callable[[float, str], None],
 ) -> ProfileSample:
     """Measure one point under a load of as many requests as the batch limit. Raises `MeasuringError`, `HoldRefused`.
@@ -164,11 +163,11 @@ async def measure(
                         readings, reason = [], "the point in force, and no other requests"
                     elif first_tokens(read.reading) - begun >= point.batch_limit:
                         readings.append(read.reading)
-                        first, reason = steady_window(readings, rule)
+                        first, reason = steady_window(readings)
                         if first is not None:
                             return _sample(between(first, read.reading), point, replica.subject)
                     elapsed_s = readings[-1].time_s - readings[0].time_s if readings else 0.0
-                    tell(min(elapsed_s / rule.least_s, 0.95), reason)
+                    tell(min(elapsed_s / SteadyRule().least_s, 0.95), reason)
         except TimeoutError:
             raise NotSteady(
                 f"{replica.subject.replica_id} at {point.cap_w:g} W, batch limit {point.batch_limit} was not steady "

@@ -25,7 +25,7 @@ class SteadyRule:
     least_pace: float = 0.95
 
 
-def steady_window(readings: Sequence[Reading], rule: SteadyRule) -> tuple[Reading | None, str]:
+def steady_window(readings: Sequence[Reading], rule: SteadyRule = SteadyRule()) -> tuple[Reading | None, str]:
     """The first reading of the longest steady window that ends with the last one, or None, and why."""
     reason = "no readings yet"
     for start in range(len(readings) - 2):
