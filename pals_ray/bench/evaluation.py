@@ -5,16 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from pals_ray.evaluation.policy_tables import gain, gain_with_width, policy_rows
 from pals_ray.evaluation.results import summary
 from pals_ray.evaluation.scenario_run import plan_scenario, run_plans, write_report
-from pals_ray.plots.tables import markdown_table, percent, replace_between
-
-Json = dict[str, Any]
+from pals_ray.plots.tables import Json, markdown_table, percent, replace_between
 
 SCENARIOS = ("pals_node", "pals_cluster", "demand_response", "regulation", "mixed_fleet", "failures")
 _BEGIN, _END = "<!-- bench: begin -->", "<!-- bench: end -->"
@@ -159,16 +156,12 @@ def page(found: dict[str, Json], about: dict[str, str]) -> str:
     for name, result in found.items():
         lines += [f"### {name}", "", about[name], ""]
         lines += sections[name](result["cases"]) if name in sections else _policies(result["policies"])
-        lines += [f"![{name}]({_picture(name, picture)})" for picture in PICTURES.get(name, ())]
+        lines += [f"![{name}](evaluation/{name}_{picture})" for picture in PICTURES.get(name, ())]
         lines.append("")
     missing = [name for name in SCENARIOS if name not in found]
     if missing:
         lines += [f"Not run for this page: {', '.join(missing)}.", ""]
     return "\n".join(lines)
-
-
-def _picture(name: str, picture: str) -> str:
-    return f"evaluation/{name}_{picture}"
 
 
 def run(names: Sequence[str], out: Path, docs: Path, processes: int | None, sample_trace: bool) -> Path:
@@ -181,7 +174,7 @@ def run(names: Sequence[str], out: Path, docs: Path, processes: int | None, samp
         write_report(plan, result, out / name)
         for picture in PICTURES.get(name, ()):
             (docs / "evaluation").mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(out / name / picture, docs / _picture(name, picture))
+            shutil.copyfile(out / name / picture, docs / f"evaluation/{name}_{picture}")
     file = docs / "evaluation.md"
     replace_between(file, _BEGIN, _END, page(found, {plan.scenario.name: plan.scenario.about for plan in plans}))
     return file

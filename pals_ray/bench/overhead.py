@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import psutil
 
 from pals_ray.bench.served_fleet import URL, BenchError, default_fleet, served_fleet
+from pals_ray.models.power_model import FloatArray
 from pals_ray.plots.tables import Report, table
 from pals_ray.profiling.load import ClosedLoop, LoadResult, RequestShape, in_full_swing
 
@@ -30,47 +30,22 @@ _ACTORS, _GUARDIAN = ("ray::PowerAgent", "ray::GlobalPowerManager"), "pals_ray.r
 UNPACED = "pals_ray.engine.virtual.unpaced_worker.UnpacedWorker"
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One run of each side: output tokens/s, and median time to first token."""
-
-    ours_tokens_per_s: float
-    plain_tokens_per_s: float
-    ours_ttft_s: float
-    plain_ttft_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """A median ratio and its 95 % interval (bootstrap of the median over pairs)."""
-
-    median: float
-    low: float
-    high: float
-
-    @property
-    def half_width(self) -> float:
-        return (self.high - self.low) / 2
-
-
 def run(pairs: int, seconds: float) -> Report:
     """Compare an engine under pals-ray, unpaced, with plain ray.serve.llm; and time the scheduler's hook."""
     from pals_ray.engine.hook_cost import measure_hooks  # imports vLLM
 
     with served_fleet(unpaced_fleet()):
         _deploy_plain()
-        done = asyncio.run(_alternate(pairs, seconds))
+        done = np.array(asyncio.run(_alternate(pairs, seconds)))
     hook_us = measure_hooks().scheduler.p50_us
     rows, figures = [], dict[str, float]()
-    for title, key, name, form in (
-        ("tokens/s", "throughput", "tokens_per_s", ".1f"),
-        ("TTFT p50, s", "ttft", "ttft_s", ".4f"),
-    ):
-        ours, plain = (np.array([getattr(p, f"{side}_{name}") for p in done]) for side in ("ours", "plain"))
-        found = ratio(list(ours / plain))
-        interval = (f"{found.median:.4f}", f"{found.low:.4f} to {found.high:.4f}", f"{found.half_width:.4f}")
+    for number, (title, key, form) in enumerate((("tokens/s", "throughput", ".1f"), ("TTFT p50, s", "ttft", ".4f"))):
+        ours, plain = done[:, :, number].T
+        median, low, high = ratio(ours / plain)
+        half_width = (high - low) / 2
+        interval = (f"{median:.4f}", f"{low:.4f} to {high:.4f}", f"{half_width:.4f}")
         rows.append((title, *interval, *(format(float(np.median(side)), form) for side in (ours, plain))))
-        figures |= {f"{key}_ratio": found.median, f"{key}_half_width": found.half_width}
+        figures |= {f"{key}_ratio": median, f"{key}_half_width": half_width}
     shown = table(
         ("figure", "median ratio", "95 % interval", "half-width", "ours", "plain"),
         rows,
@@ -80,11 +55,11 @@ def run(pairs: int, seconds: float) -> Report:
     return Report(figures | {"hook_us": hook_us}, shown, f"scheduler hook: {hook_us:.2f} us a step")
 
 
-def ratio(ratios: list[float]) -> Ratio:
-    """The median of some ratios, with the interval that 95 % of resampled medians lie in."""
-    drawn = np.random.default_rng(0).choice(np.array(ratios), (RESAMPLES, len(ratios)))
+def ratio(ratios: FloatArray) -> tuple[float, float, float]:
+    """The median of some ratios, with the interval that 95 % of resampled medians lie in (bootstrap over pairs)."""
+    drawn = np.random.default_rng(0).choice(ratios, (RESAMPLES, len(ratios)))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
-    return Ratio(float(np.median(ratios)), float(low), float(high))
+    return float(np.median(ratios)), float(low), float(high)
 
 
 def unpaced_fleet() -> dict[str, Any]:
@@ -117,7 +92,8 @@ def _deploy_plain() -> None:
     serve.run(application, name="plain", route_prefix=PLAIN)
 
 
-async def _alternate(pairs: int, seconds: float) -> list[Pair]:
+async def _alternate(pairs: int, seconds: float) -> list[list[tuple[float, float]]]:
+    """Output tokens/s and median TTFT of each pair's two sides, ours first."""
     sides = (URL, URL + PLAIN)
     for side in sides:
         await _load(side, WARM_S, seed=0)
@@ -131,8 +107,7 @@ async def _alternate(pairs: int, seconds: float) -> list[Pair]:
                     # The same requests for both.
                     runs[side].append(await _load(side, seconds / turns, seed=pair * turns + turn))
                 await asyncio.sleep(SETTLE_S)
-        (ours, ours_ttft_s), (plain, plain_ttft_s) = (_together(runs[side]) for side in sides)
-        done.append(Pair(ours, plain, ours_ttft_s, plain_ttft_s))
+        done.append([_together(runs[side]) for side in sides])
     return done
 
 
@@ -146,7 +121,7 @@ def _together(turns: list[LoadResult]) -> tuple[float, float]:
 async def _load(url: str, seconds: float, seed: int) -> LoadResult:
     async with ClosedLoop(url, MODEL, STREAMS, in_full_swing(SHAPE, seed)) as load:
         await asyncio.sleep(seconds)
-    if load.result.failures or not load.result.completed:
+    if load.result.failures or not load.result.ttft_s:
         raise BenchError(f"requests to {url} failed: {load.result.failures[:3] or 'none completed'}")
     return load.result
 

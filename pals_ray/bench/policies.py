@@ -93,7 +93,8 @@ async def _run(served: ServedFleet, policy: str, loads: dict[str, Trace], run_s:
     if in_use != f"policies.{policy}:allocate":
         raise BenchError(f"the fleet used {in_use} in a run of {policy}")
     failures = sum(len(load.result.failures) for load in clients)
-    return Run(policy, seen.violation_share, seen.tokens_per_j, seen.tokens_per_s, seen.mean_w, failures)
+    mean_w, tokens_per_s, tokens_per_j = seen.rates()
+    return Run(policy, seen.violation_share, tokens_per_j, tokens_per_s, mean_w, failures)
 
 
 async def _uncapped(served: ServedFleet, lengths: Trace, for_s: float) -> dict[str, float]:
@@ -103,7 +104,7 @@ async def _uncapped(served: ServedFleet, lengths: Trace, for_s: float) -> dict[s
     for model in served.model_ids:
         async with loaded(ClosedLoop(URL, model, STREAMS, _drawn(lengths))):
             await asyncio.sleep(SETTLE_S)
-            served_by_model[model] = (await watch(served, for_s)).tokens_per_s
+            _, served_by_model[model], _ = (await watch(served, for_s)).rates()
     return served_by_model
 
 

@@ -155,17 +155,10 @@ class Watch:
     tokens: list[int] = field(default_factory=list)
     qos: dict[str, QosState] = field(default_factory=dict)
 
-    @property
-    def mean_w(self) -> float:
-        return (self.energy_j[-1] - self.energy_j[0]) / (self.time_s[-1] - self.time_s[0])
-
-    @property
-    def tokens_per_s(self) -> float:
-        return (self.tokens[-1] - self.tokens[0]) / (self.time_s[-1] - self.time_s[0])
-
-    @property
-    def tokens_per_j(self) -> float:
-        return (self.tokens[-1] - self.tokens[0]) / (self.energy_j[-1] - self.energy_j[0])
+    def rates(self) -> tuple[float, float, float]:
+        """Mean W, output tokens/s and output tokens/J, from the first look to the last."""
+        elapsed_s, energy_j, tokens = (c[-1] - c[0] for c in (self.time_s, self.energy_j, self.tokens))
+        return energy_j / elapsed_s, tokens / elapsed_s, tokens / energy_j
 
     @property
     def violation_share(self) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -22,23 +21,20 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 1155, 211
 BUDGET_PER_GPU_W = 300.0
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """One case: CPU s of this process for `simulated_s` of `gpus` GPUs, and for the whole of the case at that pace.
-
-    `memory_mb` is the process's peak so far.
-    """
-
-    gpus: int
-    simulated_s: float
-    cpu_s: float
-    whole_cpu_s: float
-    most_s: float
-    requests: int
-    memory_mb: float
+#: Each figure of a case, its column's head and its format. `cpu_s` is of this process for `simulated_s` of the GPUs,
+#: `whole_cpu_s` for the whole of the case at that pace, `memory_mb` the process's peak so far.
+COLUMNS = {
+    "gpus": ("GPUs", "{}"),
+    "simulated_s": ("simulated", "{:.0f} s"),
+    "cpu_s": ("CPU", "{:.1f} s"),
+    "whole_cpu_s": ("whole case", "{:.0f} s"),
+    "most_s": ("at most", "{:.0f} s"),
+    "requests": ("requests", "{}"),
+    "memory_mb": ("memory", "{:.0f} MB"),
+}
 
 
-def measure(gpus: int, whole_s: float, most_s: float, part: float) -> Cost:
+def measure(gpus: int, whole_s: float, most_s: float, part: float) -> dict[str, float]:
     """Simulate a part of a case: Llama-3.1-8B on every A100, Poisson arrivals, the pals policy on a tight budget."""
     duration_s = part * whole_s
     rng = np.random.default_rng(1)
@@ -57,23 +53,13 @@ def measure(gpus: int, whole_s: float, most_s: float, part: float) -> Cost:
     simulate(setting, {"llama": requests})
     cpu_s = time.process_time() - start_s
     memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return Cost(gpus, duration_s, cpu_s, cpu_s / part, most_s, count, memory_mb)
+    values = (gpus, duration_s, cpu_s, cpu_s / part, most_s, count, memory_mb)
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def run(part: float) -> Report:
     """Simulate this share of each case."""
     costs = [measure(*case, part) for case in CASES]
-    headers = ("GPUs", "simulated", "CPU", "whole case", "at most", "requests", "memory")
-    rows = (
-        (
-            f"{c.gpus}",
-            f"{c.simulated_s:.0f} s",
-            f"{c.cpu_s:.1f} s",
-            f"{c.whole_cpu_s:.0f} s",
-            f"{c.most_s:.0f} s",
-            f"{c.requests}",
-            f"{c.memory_mb:.0f} MB",
-        )
-        for c in costs
-    )
-    return Report([asdict(cost) for cost in costs], table(headers, rows, left=headers))
+    headers = [head for head, _ in COLUMNS.values()]
+    rows = ([form.format(cost[name]) for name, (_, form) in COLUMNS.items()] for cost in costs)
+    return Report(costs, table(headers, rows, left=headers))

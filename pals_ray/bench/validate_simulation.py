@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 
 from pals_ray.bench.served_fleet import UNCAPPED_BUDGET_W, URL, BenchError, ServedFleet, served_fleet
 from pals_ray.config.fleet import FleetConfig, parse_fleet_config
@@ -24,20 +23,17 @@ from pals_ray.simulation.setting import SimSetting
 #: The format of each figure, and its factor from SI units.
 _SHOWN_AS = {"tokens_per_s": (".1f", 1), "power_w": (".0f", 1), "itl_p50_s": (".0f", 1e3), "ttft_p50_s": (".0f", 1e3)}
 
-Replicas = Mapping[str, HeldReplica]
-
 
 def run(seconds: float, seed: int) -> Report:
     """Serve the default fleet for some minutes and simulate the same. The figures say whether both agree (`within`)."""
     with served_fleet() as served:
         setting, live = asyncio.run(_live(served, seconds, seed))
     rows = []
-    for stage_run in live:
-        twins = side_by_side.simulated(setting, stage_run.stage, stage_run.traces, stage_run.looks_s)
-        rows += side_by_side.rows_of(stage_run.stage, stage_run.readings, twins)
+    for stage, traces, looks_s, readings in live:
+        rows += side_by_side.rows_of(stage, readings, side_by_side.simulated(setting, stage, traces, looks_s))
     shown = table(
         ("model", "point", "tokens/s", "W", "ITL p50, ms", "TTFT p50, ms", "live pace"),
-        ((row.model, row.what, *cells(row), f"{row.live.modelled_over_wall:.2f}") for row in rows),
+        ((row["model"], row["what"], *cells(row), f"{row['modelled_over_wall']:.2f}") for row in rows),
         left=("model", "point"),
         title=f"Live / simulated, and the error: {seconds:g} s each, seed {seed}",
     )
@@ -47,18 +43,14 @@ def run(seconds: float, seed: int) -> Report:
         "under 1 this machine was too busy for the live side"
     )
     limits = ", ".join(f"{name} {limit:.0%}" for name, limit in side_by_side.LIMITS.items())
-    beyond = (f"beyond the limits ({limits}): {row.model}, {row.what}" for row in rows if not row.within)
+    beyond = (
+        f"beyond the limits ({limits}): {row['model']}, {row['what']}" for row in rows if not side_by_side.within(row)
+    )
     return Report({"seconds": seconds, "seed": seed, **side_by_side.summary(rows)}, shown, legend, *beyond)
 
 
-@dataclass(frozen=True, slots=True)
-class LiveRun:
-    """A stage as it went on the live fleet: what was asked of it, and what its counters said at which times."""
-
-    stage: Stage
-    traces: Traces
-    looks_s: tuple[float, ...]
-    readings: list[Readings]
+#: A stage as it went on the live fleet: what was asked of it, and what its counters said at which times, s.
+LiveRun = tuple[Stage, Traces, tuple[float, ...], list[Readings]]
 
 
 async def _live(served: ServedFleet, seconds: float, seed: int) -> tuple[SimSetting, list[LiveRun]]:
@@ -70,7 +62,8 @@ async def _live(served: ServedFleet, seconds: float, seed: int) -> tuple[SimSett
         for number, stage in enumerate(side_by_side.STAGES):
             looks_s = side_by_side.look_times(stage, seconds)
             traces = side_by_side.requests_of(stage, setting.fleet, looks_s[-1], 10 * seed + number)
-            runs.append(await run_live(served.fleet, replicas, stage, traces, looks_s))
+            readings = await run_live(served.fleet, replicas, stage, traces, looks_s)
+            runs.append((stage, traces, looks_s, readings))
     return setting, runs
 
 
@@ -79,15 +72,14 @@ async def live_setting(fleet: Fleet, key: str, config: FleetConfig) -> SimSettin
     dies = {gpu.uuid: gpu.die for gpu in VirtualDriver.attach(key).gpus()}
     members = []
     for row in (await fleet.status_async()).replicas:
-        engine = ControlBlock.attach(block_path(key, row.replica_id.partition("#")[2])).scheduler()
-        own = tuple(dies.pop(uuid) for uuid in row.gpus)
-        members.append(side_by_side.Member(row.model, own, engine.max_batch, engine.step_tokens, engine.kv_tokens))
+        scheduler = ControlBlock.attach(block_path(key, row.replica_id.partition("#")[2])).scheduler()
+        members.append((row.model, tuple(dies.pop(uuid) for uuid in row.gpus), scheduler))
     return side_by_side.twin(config, members, list(dies.values()))
 
 
 async def run_live(
-    fleet: Fleet, replicas: Replicas, stage: Stage, traces: Traces, looks_s: tuple[float, ...]
-) -> LiveRun:
+    fleet: Fleet, replicas: Mapping[str, HeldReplica], stage: Stage, traces: Traces, looks_s: tuple[float, ...]
+) -> list[Readings]:
     """Run one stage on the live fleet once it is idle. Where the policy is to decide, its telemetry is first given time
     to forget the stage before."""
     held_at = stage.point if isinstance(stage, HeldPoint) else None
@@ -115,15 +107,14 @@ async def run_live(
                 await fleet.set_budget_async(stage.after_w)
     if failures := [failure for client in clients for failure in client.result.failures]:
         raise BenchError(f"{len(failures)} requests failed, the first with {failures[0]}")
-    return LiveRun(stage, traces, looks_s, readings)
+    return readings
 
 
 def cells(row: Row) -> list[str]:
     """The figures of a row as its table shows them: both sides, and the error of those that have a limit."""
-    live, simulated = side_by_side.figures_of(row.live), side_by_side.figures_of(row.simulated)
     shown = []
     for name, (form, factor) in _SHOWN_AS.items():
-        sides = ("-" if v is None else format(factor * v, form) for v in (live[name], simulated[name]))
-        error = row.errors.get(name)
+        sides = ("-" if v is None else format(factor * v, form) for v in (row["live"][name], row["simulated"][name]))
+        error = row["errors"].get(name)
         shown.append(" / ".join(sides) + (f", {error:+.1%}" if error is not None else ""))
     return shown

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pals_ray.evaluation.cases import Case
-from pals_ray.evaluation.results import Json, run_case
+from pals_ray.evaluation.results import run_case
 from pals_ray.evaluation.runs import CONFIRMED, TUNED_BATCHES, CaseRuns
+from pals_ray.plots.tables import Json
 from pals_ray.simulation.traces import Trace
 from pals_ray.whole_file import write_whole
 
@@ -124,13 +125,9 @@ def run_jobs(
             for future in finished:
                 job = waiting.pop(future)
                 result = future.result()
-                _write(job, out, result)
+                write_whole(job.file(out), json.dumps({"digest": job.digest, "result": result}))
                 tick(job.name, most[job.name] - done[job.name])
                 yield job, result
-
-
-def _write(job: Job, out: Path, result: Json) -> None:
-    write_whole(job.file(out), json.dumps({"digest": job.digest, "result": result}))
 
 
 _queue: Any = None
@@ -142,5 +139,5 @@ def _begin(queue: SimpleQueue[str]) -> None:
 
 
 def _work(job: Job) -> Json:
-    runs = CaseRuns(job.case, job.lengths, job.folder, lambda what: _queue.put(job.name))
+    runs = CaseRuns(job.case, job.lengths, job.folder, lambda: _queue.put(job.name))
     return run_case(runs, job.policies, job.seeds)

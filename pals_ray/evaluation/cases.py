@@ -11,7 +11,7 @@ from pals_ray.config.budget_files import load_signal
 from pals_ray.config.scenario import FailureSpec, FleetSpec, LoadSpec, Scenario
 from pals_ray.config.trace_files import load_trace
 from pals_ray.control.budget.moving_budget import BudgetPlan, FollowedSignal, ScheduledBudget
-from pals_ray.control.budget.regulation import Signal, synthetic_signal
+from pals_ray.control.budget.regulation import synthetic_signal
 from pals_ray.control.budget.schedule import Entry
 from pals_ray.control.budget.signal_following import Following
 from pals_ray.control.snapshot import Overhead
@@ -126,13 +126,10 @@ def step_tokens(gpu: str) -> int:
 
 
 def _nodes(scenario: Scenario, spec: FleetSpec) -> Iterator[SimNode]:
-    number = 0
-    for node in spec.nodes:
-        a_w = scenario.overhead.a_w * node.gpus / scenario.overhead.gpus
-        for _ in range(node.count):
-            number += 1
-            overhead = Overhead(a_w, scenario.overhead.b)
-            yield SimNode(f"node-{number}", node.gpu, node.gpus, node.models, node.domain, overhead)
+    each = (node for node in spec.nodes for _ in range(node.count))
+    for number, node in enumerate(each, start=1):
+        overhead = Overhead(scenario.overhead.a_w * node.gpus / scenario.overhead.gpus, scenario.overhead.b)
+        yield SimNode(f"node-{number}", node.gpu, node.gpus, node.models, node.domain, overhead)
 
 
 def full_charge_w(fleet: SimFleet) -> float:
@@ -197,17 +194,13 @@ def budget_of(
     if spec.regulation is not None:
         base_share, range_share = spec.regulation.base_share, spec.regulation.range_share
         following = Following(base_share * natural_w, range_share * natural_w, ceiling_w=full_charge_w(fleet))
-        signal = _signal(spec.regulation.signal, folder, case, seed)
-        plan = FollowedSignal(following, tuple(signal.time_s.tolist()), tuple(signal.value.tolist()), started_s=0.0)
+        file = spec.regulation.signal
+        signal = synthetic_signal(case.scenario.duration_s, seed) if file is None else load_signal(folder / file)
+        time_s = tuple((signal.time_s + WARM_UP_S).tolist())
+        plan = FollowedSignal(following, time_s, tuple(signal.value.tolist()), started_s=0.0)
         return following.base_w, plan
     if case.kind == "event" and spec.event is not None:
         event = spec.event
         entry = Entry(WARM_UP_S + event.start_s, WARM_UP_S + event.end_s, event.share * base_w, event.ramp_s)
         return base_w, ScheduledBudget((entry,))
     return case.budget_share * base_w, None
-
-
-def _signal(file: str | None, folder: Path, case: Case, seed: int) -> Signal:
-    """The signal, beginning after the warm-up."""
-    signal = synthetic_signal(case.scenario.duration_s, seed) if file is None else load_signal(folder / file)
-    return Signal(signal.time_s + WARM_UP_S, signal.value)

@@ -6,12 +6,10 @@ import base64
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from pals_ray.config.scenario import Scenario
 from pals_ray.evaluation.policy_tables import case_rows, policy_rows
-
-Json = dict[str, Any]
+from pals_ray.plots.tables import Json
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }

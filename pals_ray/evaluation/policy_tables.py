@@ -5,14 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
 
-from pals_ray.plots.tables import percent, table
-
-Json = dict[str, Any]
+from pals_ray.plots.tables import Json, percent, table
 
 
 def gain(value: float | None) -> str:
@@ -96,16 +93,8 @@ def cases_csv(cases: Sequence[Json]) -> str:
     writer.writerow([*CASE_COLUMNS, "policy", *gains, "share_of_oracle_gain", "counts", *keys])
     for case in cases:
         for name, entry in case["policies"].items():
-            writer.writerow(
-                [
-                    *(case[column] for column in CASE_COLUMNS),
-                    name,
-                    *(entry[key]["mean"] for key in gains),
-                    entry["share_of_oracle_gain"],
-                    entry["counts"],
-                    *(entry["figures"][key] for key in keys),
-                ]
-            )
+            known = [*(case[column] for column in CASE_COLUMNS), name, *(entry[key]["mean"] for key in gains)]
+            writer.writerow([*known, entry["share_of_oracle_gain"], entry["counts"], *map(entry["figures"].get, keys)])
     return text.getvalue()
 
 

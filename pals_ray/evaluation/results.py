@@ -11,8 +11,9 @@ import numpy as np
 
 from pals_ray.evaluation.cases import WARM_UP_S
 from pals_ray.evaluation.runs import CaseRuns, Run
+from pals_ray.plots.tables import Json
 from pals_ray.simulation.results.figures import (
-    Estimate,
+    REGULATION_FIGURES,
     estimate,
     estimates,
     gain,
@@ -27,8 +28,6 @@ SERIES_POINTS = 600
 #: Operating points are counted in cells of so many W and so many sequences.
 _CAP_CELL_W, _BATCH_CELL = 5.0, 4
 
-Json = dict[str, Any]
-
 #: A smaller gain of the oracle counts as none: a share of it would only be rounding.
 LEAST_GAIN = 1e-3
 
@@ -42,7 +41,7 @@ def run_case(runs: CaseRuns, policies: Sequence[str], seeds: Sequence[int]) -> J
     case = runs.case
     static = [runs.static(seed) for seed in seeds]
     oracle = runs.oracle() if case.scenario.oracle and case.load is not None else None
-    oracle_gain = None if oracle is None else _gain(oracle[1], static).mean
+    oracle_gain = None if oracle is None else _gain(oracle[1], static)["mean"]
     made = {policy: [runs.run(policy, seed) for seed in seeds] for policy in dict.fromkeys(["static", *policies])}
     series = {policy: _series(of[0].result) for policy, of in made.items()}
     if oracle is not None:
@@ -50,7 +49,7 @@ def run_case(runs: CaseRuns, policies: Sequence[str], seeds: Sequence[int]) -> J
     found = {policy: _policy(runs, of, static, oracle_gain) for policy, of in made.items()}
     if oracle is not None:
         found["oracle"]["point"] = asdict(oracle[0])
-    fleet, natural_w = runs.limited(seeds[0])
+    fleet, natural_w, *_ = runs.limited(seeds[0])
     limits = {m.name: {"ttft_p99_s": m.target.ttft_p99_s, "itl_p99_s": m.target.itl_p99_s} for m in fleet.models}
     return {
         "case": case.name,
@@ -78,9 +77,9 @@ def _policy(runs: CaseRuns, made: Sequence[Run], static: Sequence[Run], oracle_g
     return {
         "figures": {name: None if e is None else e.mean for name, e in spread.items()},
         "half_width": {name: None if e is None else e.half_width for name, e in spread.items()},
-        "gain_over_static": _estimate(node),
-        "gain_over_static_gpu": _estimate(_gain(made, static, "tokens_per_joule_gpu")),
-        "share_of_oracle_gain": node.mean / oracle_gain if oracle_gain and oracle_gain >= LEAST_GAIN else None,
+        "gain_over_static": node,
+        "gain_over_static_gpu": _gain(made, static, "tokens_per_joule_gpu"),
+        "share_of_oracle_gain": node["mean"] / oracle_gain if oracle_gain and oracle_gain >= LEAST_GAIN else None,
         "counts": all(runs.counts(run) for run in made),
         "models": {name: means([found[name] for found in by_model]) for name in by_model[0]},
         "violations_by_priority": means([{str(k): rate for k, rate in found.items()} for found in by_priority]),
@@ -90,13 +89,10 @@ def _policy(runs: CaseRuns, made: Sequence[Run], static: Sequence[Run], oracle_g
     }
 
 
-def _gain(made: Sequence[Run], static: Sequence[Run], figure: str = "tokens_per_joule") -> Estimate:
+def _gain(made: Sequence[Run], static: Sequence[Run], figure: str = "tokens_per_joule") -> Json:
     """The gain in a figure over `static`, seed by seed."""
     pairs = zip(made, static, strict=True)
-    return estimate([gain(run.figures[figure], own.figures[figure]) for run, own in pairs])
-
-
-def _estimate(found: Estimate) -> Json:
+    found = estimate([gain(run.figures[figure], own.figures[figure]) for run, own in pairs])
     return {"mean": found.mean, "half_width": found.half_width}
 
 
@@ -127,6 +123,8 @@ def _points(result: RunResult) -> dict[str, list[tuple[float, int, float]]]:
     return out
 
 
+#: The worst case of these says more than a mean does.
+WORST_CASE = ("over_budget_s", "over_budget_max_w", "settle_s", "settle_over_w")
 #: Of a summary: the figures of every policy, in the order of tables.
 SUMMARY_FIGURES = (
     "tokens_per_joule",
@@ -139,14 +137,8 @@ SUMMARY_FIGURES = (
     "ttft_p99_s",
     "itl_p50_s",
     "itl_p99_s",
-    "tracking_error",
-    "aqa_error",
-    "pjm_score",
-    "precision",
-    "over_budget_s",
-    "over_budget_max_w",
-    "settle_s",
-    "settle_over_w",
+    *REGULATION_FIGURES,
+    *WORST_CASE,
     "stranded_w",
     "binding_share",
     "decisions_per_min",
@@ -172,8 +164,7 @@ def _summed(cases: Sequence[Json], name: str) -> Json:
         counted = [entry[key]["mean"] if entry["counts"] else 0.0 for entry in entries]
         found[f"{key}_counted"] = math.fsum(counted) / len(entries)
     found["share_of_oracle_gain"] = _oracle_share(cases, name)
-    # The worst case of these says more than a mean does.
-    for key in ("over_budget_s", "over_budget_max_w", "settle_s", "settle_over_w"):
+    for key in WORST_CASE:
         known = [entry["figures"][key] for entry in entries if entry["figures"][key] is not None]
         found[key] = max(known, default=None)
     found["cases"] = len(cases)

@@ -49,42 +49,48 @@ _SEED_STRIDE = 1000
 class Run:
     """One policy on one seed."""
 
-    policy: str
     seed: int
     figures: Figures
     result: RunResult
 
 
 class CaseRuns:
-    """All runs of one case; each is made once. `tick` is called before each with what it is.
+    """All runs of one case; each is made once. `tick` is called before each.
 
-    `requests`, `limited` and `static` remember by seed what `_requests`, `_limited` and `_static` give.
+    `requests` and `limited` remember by seed what `_requests` and `_limited` give.
     """
 
-    def __init__(self, case: Case, lengths: Trace, folder: Path, tick: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, case: Case, lengths: Trace, folder: Path, tick: Callable[[], None] = lambda: None) -> None:
         self.case = case
         fleet = fleet_of(case.scenario, case.fleet, lengths)
-        tick("profile")
+        tick()
         models = tuple(replace(model, belief=profiled(model, lengths)) for model in fleet.models)
         self.fleet = replace(fleet, models=models)
+        models_at = {model.name: model for model in models}
+        self._top = {n: OperatingPoint(find_gpu(m.gpu).max_limit_w, m.max_batch) for n, m in models_at.items()}
+        # What offered load is a share of: `static`, or every GPU at its even part of the budget.
+        watts, self._reference = case.scenario.budget.watts, self._top
+        if case.scenario.load.of != "static" and watts is not None:
+            even = {n: even_cap_w(fleet, watts, m.gpu) for n, m in models_at.items()}
+            self._reference = {n: replace(point, cap_w=even[n]) for n, point in self._top.items()}
         self._lengths = lengths
         self._folder = folder
         self._tick = tick
         self.requests = cache(self._requests)
         self.limited = cache(self._limited)
-        self.static = cache(self._static)
+        #: By seed: everything at maximum, whatever the budget.
+        self.static = cache(lambda seed: self.fixed(self._top, seed))
         self._run = cache(self._made)
 
     @cached_property
     def capacity_tokens_per_s(self) -> dict[str, float]:
         """Output tokens/s that each model serves at the reference's fixed point when requests never run out."""
-        points = self._reference_points()
-        fleet, offered = fixed_at(self.fleet, points), {}
+        fleet, offered = fixed_at(self.fleet, self._reference), {}
         for number, model in enumerate(fleet.models):
             replicas = sum(node.replicas.count(model.name) for node in fleet.nodes)
-            rate = SATURATION * replicas * full_tokens_per_s(model, points[model.name])
+            rate = SATURATION * replicas * full_tokens_per_s(model, self._reference[model.name])
             offered[model.name] = self._poisson(rate, SATURATED_S, number)
-        self._tick("saturated")
+        self._tick()
         result = simulate(self._setting(fleet, uniform.allocate, 0, SATURATED_S), offered)
         counted = result.time_s > FILLING_S
         capacity = dict.fromkeys(offered, 0.0)
@@ -94,26 +100,27 @@ class CaseRuns:
 
     def _requests(self, seed: int) -> dict[str, Trace]:
         """The requests of every model, the same for all policies."""
-        case, points, offered = self.case, self._reference_points(), {}
+        case, offered = self.case, dict[str, Trace]()
         for number, (name, served) in enumerate(self.capacity_tokens_per_s.items()):
             own_seed = _SEED_STRIDE * seed + number
             if case.load is None:
                 offered[name] = self._poisson(SATURATION * served, case.simulated_s, own_seed)
                 continue
-            share = prompt_share(self.fleet.model(name), points[name])
+            share = prompt_share(self.fleet.model(name), self._reference[name])
             arrivals, rate = case.scenario.trace.arrivals, case.load * served
             offered[name] = requests_for(
                 case.scenario.load, arrivals, self._lengths, rate, case.simulated_s, own_seed, share
             )
         return offered
 
-    def _limited(self, seed: int) -> tuple[SimFleet, float]:
-        """The fleet with the latency limits that `static` sets at this demand, and what that draws, W at node level.
+    def _limited(self, seed: int) -> tuple[SimFleet, float, float, BudgetPlan | None]:
+        """The fleet with the latency limits that `static` sets at this demand; what that draws and the budget, W at
+        node level; and the plan that moves the budget.
 
         A saturated run has no latency limits: its queue grows for ever.
         """
-        self._tick("reference")
-        fleet = fixed_at(replace(self.fleet, domains=()), self._top_points())
+        self._tick()
+        fleet = fixed_at(replace(self.fleet, domains=()), self._top)
         result = simulate(self._setting(fleet, uniform.allocate, seed), self.requests(seed))
         found, limits = model_figures(result, WARM_UP_S), self.case.scenario.limits
         models = []
@@ -123,24 +130,21 @@ class CaseRuns:
                 ttft_s, itl_s = limits.ttft_p99 * ttft_s, limits.itl_p99 * itl_s
                 model = replace(model, target=replace(model.target, ttft_p99_s=ttft_s, itl_p99_s=itl_s))
             models.append(model)
-        return replace(self.fleet, models=tuple(models)), result.node_energy_j / result.duration_s
+        natural_w = result.node_energy_j / result.duration_s
+        budget_w, plan = budget_of(self.case, self.fleet, self._folder, natural_w, seed)
+        return replace(self.fleet, models=tuple(models)), natural_w, budget_w, plan
 
     def run(self, policy: str, seed: int) -> Run:
         """One policy on one seed. `power_only_best` is tuned first, on the scenario's tuning seeds."""
         if policy == "static":
             return self.static(seed)
-        name = self.best_power_only() if policy == "power_only_best" else policy
-        return replace(self._run(name, seed), policy=policy)
+        return self._run(self.best_power_only() if policy == "power_only_best" else policy, seed)
 
-    def _static(self, seed: int) -> Run:
-        """Everything at maximum, whatever the budget."""
-        return self.fixed("static", self._top_points(), seed)
-
-    def fixed(self, label: str, points: dict[str, OperatingPoint], seed: int) -> Run:
+    def fixed(self, points: dict[str, OperatingPoint], seed: int) -> Run:
         """Every model's replicas at one point throughout, without a budget."""
-        fleet, _ = self.limited(seed)
+        fleet, _, _, plan = self.limited(seed)
         setting = self._setting(fixed_at(replace(fleet, domains=()), points), uniform.allocate, seed)
-        return self._simulated(label, setting, self._budget(seed)[1])
+        return self._simulated(setting, plan)
 
     def best_power_only(self) -> str:
         """`power_only@BATCH` of the batch that keeps the limits best on the tuning seeds, then gains most tokens/J.
@@ -170,12 +174,10 @@ class CaseRuns:
         node = self.fleet.nodes[0]
         replicas = sum(n.replicas.count(model.name) for n in self.fleet.nodes)
         demand = (self.case.load or 0.0) * self.capacity_tokens_per_s[model.name] / replicas
-        top, limits = self._top_points()[model.name], self.case.scenario.limits
+        top, limits = self._top[model.name], self.case.scenario.limits
         at_top = steady_state(roofline(model), top, demand)
-        target = Target(
-            ttft_p99_s=limits.ttft_p99 * at_top.ttft_p99_s,
-            itl_p99_s=limits.itl_p99 * at_top.itl_p99_s,
-        )
+        ttft_s, itl_s = limits.ttft_p99 * at_top.ttft_p99_s, limits.itl_p99 * at_top.itl_p99_s
+        target = Target(ttft_p99_s=ttft_s, itl_p99_s=itl_s)
         best = top, [self.static(seed) for seed in self.case.scenario.seeds]
         found = candidates(roofline(model), model.max_batch, demand, target, node.overhead, node.num_gpus)
         for _, point in found[:CONFIRMED]:
@@ -191,7 +193,7 @@ class CaseRuns:
         cap_w = low
         while low <= high:
             at = OperatingPoint(float(cap_w), point.batch_limit)
-            runs = [self.fixed("oracle", {model.name: at}, seed) for seed in self.case.scenario.seeds]
+            runs = [self.fixed({model.name: at}, seed) for seed in self.case.scenario.seeds]
             if _efficiency(runs) <= beat:
                 high = cap_w - 1
             elif all(self.counts(run) for run in runs):
@@ -207,22 +209,17 @@ class CaseRuns:
         return counts_as_gain(run.figures["violation_rate"], own, self.case.scenario.violation_limit)
 
     def _made(self, policy: str, seed: int) -> Run:
-        fleet, _ = self.limited(seed)
-        budget_w, plan = self._budget(seed)
+        fleet, _, budget_w, plan = self.limited(seed)
         setting = replace(self._setting(fleet, policy_named(policy), seed), budget_w=budget_w, plan=plan)
-        return self._simulated(policy, setting, plan)
+        return self._simulated(setting, plan)
 
-    def _simulated(self, label: str, setting: SimSetting, plan: BudgetPlan | None) -> Run:
+    def _simulated(self, setting: SimSetting, plan: BudgetPlan | None) -> Run:
         """A run with the scenario's failures, judged by the case's budget plan."""
-        self._tick(label)
+        self._tick()
         setting = replace(setting, failures=failures_of(self.case.scenario.failures))
         result = simulate(setting, self.requests(setting.seed))
         found = figures(result, WARM_UP_S, plan if isinstance(plan, FollowedSignal) else None)
-        return Run(label, setting.seed, found, result)
-
-    def _budget(self, seed: int) -> tuple[float, BudgetPlan | None]:
-        _, natural_w = self.limited(seed)
-        return budget_of(self.case, self.fleet, self._folder, natural_w, seed)
+        return Run(setting.seed, found, result)
 
     def _setting(self, fleet: SimFleet, policy: Policy, seed: int, duration_s: float | None = None) -> SimSetting:
         """A run under a budget that never binds."""
@@ -230,16 +227,6 @@ class CaseRuns:
 
     def _poisson(self, tokens_per_s: float, duration_s: float, seed: int) -> Trace:
         return requests_for(self.case.scenario.load, "poisson", self._lengths, tokens_per_s, duration_s, seed)
-
-    def _top_points(self) -> dict[str, OperatingPoint]:
-        return {m.name: OperatingPoint(find_gpu(m.gpu).max_limit_w, m.max_batch) for m in self.fleet.models}
-
-    def _reference_points(self) -> dict[str, OperatingPoint]:
-        """What offered load is a share of: `static`, or every GPU at its even part of the budget."""
-        watts = self.case.scenario.budget.watts
-        if self.case.scenario.load.of == "static" or watts is None:
-            return self._top_points()
-        return {m.name: OperatingPoint(even_cap_w(self.fleet, watts, m.gpu), m.max_batch) for m in self.fleet.models}
 
 
 def fixed_at(fleet: SimFleet, points: dict[str, OperatingPoint]) -> SimFleet:

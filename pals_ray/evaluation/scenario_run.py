@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -23,17 +22,14 @@ from pals_ray.evaluation.html_page import html_report
 from pals_ray.evaluation.policy_tables import cases_csv
 from pals_ray.evaluation.results import summary
 from pals_ray.models.physics.roofline import Workload
-from pals_ray.simulation.traces import Trace
-
-Json = dict[str, Any]
+from pals_ray.plots.tables import Json
 
 
 @dataclass(frozen=True)
 class ScenarioPlan:
-    """A scenario that is ready to run: its requests, the name of the file they are from, and a job for each case."""
+    """A scenario that is ready to run: the name of the file its requests are from, and a job for each case."""
 
     scenario: Scenario
-    lengths: Trace
     trace: str
     jobs: tuple[Job, ...]
 
@@ -60,7 +56,7 @@ def plan_scenario(
     if not cases:
         raise ConfigError(f"no case of {spec.name} contains {only!r}: {'; '.join(case.name for case in every)}")
     jobs = tuple(Job(case, lengths, path.parent, spec.policies, seeds_of(spec, seeds)) for case in cases)
-    return ScenarioPlan(spec, lengths, spec.trace.sample if sample_trace else Path(spec.trace.path).name, jobs)
+    return ScenarioPlan(spec, spec.trace.sample if sample_trace else Path(spec.trace.path).name, jobs)
 
 
 def seeds_of(spec: Scenario, how_many: int | None) -> tuple[int, ...]:
@@ -90,7 +86,7 @@ def write_report(plan: ScenarioPlan, found: Json, out: Path) -> Path:
     from pals_ray.plots.simulation import plot_efficiency, plot_points, plot_power, plot_violations
 
     out.mkdir(parents=True, exist_ok=True)
-    spec, lengths, cases = plan.scenario, plan.lengths, found["cases"]
+    spec, lengths, cases = plan.scenario, plan.jobs[0].lengths, found["cases"]
     workload = Workload(float(lengths.prompt_tokens.mean()), float(lengths.output_tokens.mean()))
     pictures = []
     for name, title, draw in (

@@ -16,6 +16,7 @@ from pals_ray.config.policy_path import load_policy
 from pals_ray.control.budget.moving_budget import ScheduledBudget
 from pals_ray.control.budget.schedule import Entry
 from pals_ray.control.telemetry import Reading, between
+from pals_ray.engine.control_block import SchedulerReading
 from pals_ray.evaluation.runs import fixed_at
 from pals_ray.models.physics.roofline import RooflineModel, Workload
 from pals_ray.models.specs import Parallelism, find_gpu
@@ -35,6 +36,8 @@ LEAD_S = 10.0
 #: Readings of every model at one instant; requests of every model.
 Readings = Mapping[str, Reading]
 Traces = Mapping[str, Trace]
+#: One model over one window, live and simulated: the JSON object that is shown of it.
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +83,15 @@ STAGES: tuple[Stage, ...] = (
 )
 
 
-def _lengths() -> Trace:
-    """Prompts of 32 to 160 tokens and outputs of 32 to 96, in every combination of steps of 4 and 2."""
-    prompts, outputs = np.meshgrid(np.arange(32, 161, 4), np.arange(32, 97, 2))
-    return Trace(np.zeros(prompts.size), prompts.reshape(-1), outputs.reshape(-1), 1.0)
-
-
-LENGTHS = _lengths()
+_PROMPTS, _OUTPUTS = np.meshgrid(np.arange(32, 161, 4), np.arange(32, 97, 2))
+#: Prompts of 32 to 160 tokens and outputs of 32 to 96, in every combination of steps of 4 and 2.
+LENGTHS = Trace(np.zeros(_PROMPTS.size), _PROMPTS.reshape(-1), _OUTPUTS.reshape(-1), 1.0)
 WORKLOAD = Workload(float(LENGTHS.prompt_tokens.mean()), float(LENGTHS.output_tokens.mean()))
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A live replica as the simulator has to know it: its model, the factors of its GPUs' dies, and the limits that
-    its engine's scheduler goes by."""
-
-    model: str
-    dies: tuple[float, ...]
-    max_batch: int
-    step_tokens: int
-    kv_tokens: int
+#: A live replica as the simulator has to know it: its model, the factors of its GPUs' dies, and what its engine's
+#: scheduler says of its limits.
+Member = tuple[str, tuple[float, ...], SchedulerReading]
 
 
 def twin(config: FleetConfig, members: Sequence[Member], parked_dies: Sequence[float]) -> SimSetting:
@@ -111,25 +103,25 @@ def twin(config: FleetConfig, members: Sequence[Member], parked_dies: Sequence[f
     entries = {model.model_id: model for model in config.models}
     beliefs = Predictors(config)
     models = []
-    for member in members:
-        entry = entries[member.model]
-        belief = beliefs.of(member.model, gpu, len(member.dies), virtual=True)
+    for name, own_dies, scheduler in members:
+        entry = entries[name]
+        belief = beliefs.of(name, gpu, len(own_dies), virtual=True)
         models.append(
             SimModel(
-                name=member.model,
+                name=name,
                 spec=entry.known_as,
                 gpu=gpu,
                 parallelism=Parallelism(entry.tensor_parallel, entry.expert_parallel),
-                max_batch=member.max_batch,
-                step_tokens=member.step_tokens,
-                kv_tokens=member.kv_tokens,
+                max_batch=scheduler.max_batch,
+                step_tokens=scheduler.step_tokens,
+                kv_tokens=scheduler.kv_tokens,
                 workload=WORKLOAD,
                 target=entry.target.target(),
                 belief=belief.surface if belief is not None else None,
             )
         )
-    dies = (*(die for member in members for die in member.dies), *parked_dies)
-    names = tuple(member.model for member in members)
+    dies = (*(die for _, own_dies, _ in members for die in own_dies), *parked_dies)
+    names = tuple(name for name, *_ in members)
     node = SimNode("node", gpu, len(dies), names, overhead=config.overhead.overhead(), dies=dies)
     return SimSetting(
         fleet=SimFleet((node,), tuple(models), reserve_w=config.reserve_w, time_scale=config.time_scale),
@@ -191,35 +183,25 @@ def _readings(run: Run, now_s: float) -> Readings:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One model over one window, live and simulated."""
-
-    model: str
-    what: str
-    live: ReplicaTelemetry
-    simulated: ReplicaTelemetry
-
-    @property
-    def errors(self) -> dict[str, float | None]:
-        """Simulated over live less 1, of each figure of `LIMITS`; None where a side has nothing to say of it."""
-        live, simulated = figures_of(self.live), figures_of(self.simulated)
-        return {name: _error(live[name], simulated[name]) for name in LIMITS}
-
-    @property
-    def within(self) -> bool:
-        """Whether every error is within its limit."""
-        return all(error is not None and abs(error) <= LIMITS[name] for name, error in self.errors.items())
+def within(row: Row) -> bool:
+    """Whether every error of a row is within its limit."""
+    return all(error is not None and abs(error) <= LIMITS[name] for name, error in row["errors"].items())
 
 
 def rows_of(stage: Stage, live: Sequence[Readings], twins: Sequence[Readings]) -> list[Row]:
-    """Each model in each window of a stage, by what both sides' counters said at its looks."""
+    """Each model in each window of a stage, by what both sides' counters said at its looks.
+
+    `errors` are simulated over live less 1, of each figure of `LIMITS`; None where a side has nothing to say of it.
+    """
     rows = []
     for number, what in enumerate(stage.windows):
         first, last = 2 * number, 2 * number + 1
         for model in live[first]:
             seen = between(live[first][model], live[last][model])
-            rows.append(Row(model, what, seen, between(twins[first][model], twins[last][model])))
+            ours, theirs = figures_of(between(twins[first][model], twins[last][model])), figures_of(seen)
+            row = {"model": model, "what": what, "live": theirs, "simulated": ours}
+            row["errors"] = {name: _error(theirs[name], ours[name]) for name in LIMITS}
+            rows.append(row | {"late_share": seen.late_share, "modelled_over_wall": seen.modelled_over_wall})
     return rows
 
 
@@ -235,23 +217,8 @@ def figures_of(seen: ReplicaTelemetry) -> dict[str, float | None]:
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """The JSON object: every row with both sides and errors, the largest errors, and whether all are within limits."""
-    found = {name: [abs(row.errors[name] or 0.0) for row in rows] for name in LIMITS}
-    return {
-        "within": all(row.within for row in rows),
-        "largest_errors": {name: max(errors) for name, errors in found.items()},
-        "rows": [
-            {
-                "model": row.model,
-                "what": row.what,
-                "live": figures_of(row.live),
-                "simulated": figures_of(row.simulated),
-                "errors": row.errors,
-                "late_share": row.live.late_share,
-                "modelled_over_wall": row.live.modelled_over_wall,
-            }
-            for row in rows
-        ],
-    }
+    errors = {name: max(abs(row["errors"][name] or 0.0) for row in rows) for name in LIMITS}
+    return {"within": all(map(within, rows)), "largest_errors": errors, "rows": list(rows)}
 
 
 def _error(live: float | None, simulated: float | None) -> float | None:

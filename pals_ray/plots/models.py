@@ -42,8 +42,7 @@ def plot_surface(model: PowerModel, table: SampleTable, path: Path, title: str) 
                         axis.fill_between(batches, *band, color=color, alpha=0.12, lw=0)
         for axis, label in zip(axes.flat, panels, strict=True):
             axis.set_xscale("log", base=2)
-            axis.set(xlabel="batch limit", ylabel=label)
-            axis.set_ylim(bottom=0)
+            axis.set(xlabel="batch limit", ylabel=label, ylim=(0, None))
             axis.grid(alpha=0.25)
         axes[0, 0].legend(title="power cap per GPU", fontsize=8)
 
@@ -61,8 +60,7 @@ def plot_virtual_curves(groups: dict[str, GroupPhysics], prefill: StepWork, deco
                 draw.plot(caps, [step.power_w for step in steps], color=color, label=label)
             draw.plot(caps, caps, color="grey", lw=0.8, ls="--", label="cap")
             speed.set(title=name, ylim=(0, 1.05))
-            draw.set_ylim(bottom=0)
-            draw.set_xlabel("power cap, W")
+            draw.set(xlabel="power cap, W", ylim=(0, None))
             for axis in (speed, draw):
                 axis.grid(alpha=0.25)
                 axis.legend(fontsize=8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,8 +13,7 @@ from pals_ray.models.physics.roofline import RooflineModel, Workload
 from pals_ray.models.physics.step_cost import GroupPhysics
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
 from pals_ray.plots.picture import picture, shades
-
-Json = dict[str, Any]
+from pals_ray.plots.tables import Json
 
 _COLORS = ("grey", "brown", "olive", "pink", "orange", "blue", "cyan", "red", "purple")
 #: A colour for every policy, and for the oracle.
@@ -52,8 +50,7 @@ def plot_power(cases: Sequence[Json], path: Path) -> None:
             if last["target_w"] is not None:
                 axis.plot(minutes, last["target_w"], color="tab:green", lw=1, label="target")
             axis.set_title(case["case"], fontsize=10)
-            axis.set_ylabel("node W")
-            axis.set_ylim(bottom=0)
+            axis.set(ylabel="node W", ylim=(0, None))
             axis.grid(alpha=0.25)
             axis.legend(fontsize=8, ncols=4, loc="lower right")
         axes[-1, 0].set_xlabel("minutes")
@@ -99,8 +96,7 @@ def plot_violations(summary: Json, path: Path) -> None:
             axis.annotate(f"{rate:.1f} %", (at, rate), (0, 4), textcoords="offset points", ha="center", fontsize=8)
         axis.set_xticks(places, list(policies), rotation=20, ha="right", fontsize=8)
         axis.set_title(f"Violations, {_averaged(policies)}", fontsize=11)
-        axis.set_ylabel("violations, % of intervals of 5 s")
-        axis.set_ylim(bottom=0)
+        axis.set(ylabel="violations, % of intervals of 5 s", ylim=(0, None))
         axis.grid(alpha=0.25, axis="y")
         axis.legend(fontsize=7, ncols=3)
 

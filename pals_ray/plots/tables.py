@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+Json = dict[str, Any]
+
 
 def table(
     headers: Iterable[str], rows: Iterable[Sequence[str]], left: Collection[str] = (), fold: bool = False, **style: Any

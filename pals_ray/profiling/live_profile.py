@@ -16,14 +16,13 @@ from rich.table import Table
 from pals_ray.control.manager.measurement import MeasurementSubject
 from pals_ray.models.fitting.accuracy import errors_of
 from pals_ray.models.lookup import SurfaceModel
-from pals_ray.models.physics.roofline import RooflineModel, known_prior
+from pals_ray.models.physics.roofline import known_prior
 from pals_ray.models.profile import Profile, ProfileSample
 from pals_ray.models.specs import Parallelism, UnknownSpecError
 from pals_ray.plots.tables import table
 from pals_ray.profiling.load import ClosedLoop, RequestShape, in_full_swing
 from pals_ray.profiling.measure import NotSteady, held, measure
 from pals_ray.profiling.run import begin_or_resume, drawn_points, grid_of, measure_all, write_profile
-from pals_ray.profiling.steady import SteadyRule
 from pals_ray.types import OperatingPoint
 
 
@@ -37,8 +36,12 @@ async def profile_live(
     numbers = itertools.count(seed)
     async with held(model) as replica:
         subject = replica.subject
-        prior = _prior_of(subject)
-        spec = prior.physics.model if prior else None
+        prior = spec = None
+        # A model that no table knows has no prior: the fit has the samples alone.
+        with suppress(UnknownSpecError):
+            parallelism = Parallelism(subject.tensor_parallel, subject.expert_parallel)
+            prior = known_prior(subject.known_as, subject.gpu, parallelism, subject.time_scale)
+            spec = prior.physics.model
         limits = subject.min_cap_w, subject.most_cap_w, subject.max_batch
         grid = grid_of(*limits)
         profile = begin_or_resume(path, _empty(model, subject, shape))
@@ -49,7 +52,10 @@ async def profile_live(
                 f"the budget leaves {subject.replica_id} at most {subject.most_cap_w:g} of {subject.max_cap_w:g} W per "
                 "GPU beside all others at their lowest caps: measuring up to there"
             )
-        with _progress_bar(console) as bar:
+        # Points done, a share for the one under way, and what it waits for.
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, *left, console=console, speed_estimate_period=300) as bar:
             task = bar.add_task("measuring", total=points, completed=len(profile.samples), note="")
 
             async def measured(point: OperatingPoint) -> ProfileSample:
@@ -61,9 +67,7 @@ async def profile_live(
                 def tell(share: float, note: str) -> None:
                     bar.update(task, completed=done + share, note=f"{where}: {note}")
 
-                sample = await measure(
-                    replica, point, ClosedLoop(url, model, point.batch_limit, requests), SteadyRule(), tell
-                )
+                sample = await measure(replica, point, ClosedLoop(url, model, point.batch_limit, requests), tell)
                 bar.update(task, completed=done + 1, note="")
                 return sample
 
@@ -91,29 +95,6 @@ async def profile_live(
         console.print(f"note: {note}")
     if checked:
         console.print(check_table(surface, profile.model_copy(update={"samples": tuple(checked)})))
-
-
-def _prior_of(subject: MeasurementSubject) -> RooflineModel | None:
-    """What the fleet's manager gives the fit beside the samples; None for a model that no table knows."""
-    parallelism = Parallelism(subject.tensor_parallel, subject.expert_parallel)
-    with suppress(UnknownSpecError):
-        return known_prior(subject.known_as, subject.gpu, parallelism, subject.time_scale)
-    return None
-
-
-def _progress_bar(console: Console) -> Progress:
-    """Points done, a share for the one under way, and what it waits for."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        speed_estimate_period=300,
-    )
 
 
 #: Fields that a profile takes over from the replica that is measured.

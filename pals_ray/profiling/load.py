@@ -64,7 +64,6 @@ class LoadResult:
 
     started_s: float
     ended_s: float = 0.0
-    completed: int = 0
     output_tokens: int = 0
     ttft_s: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -165,7 +164,6 @@ class ClosedLoop:
                     tokens = chunk["usage"]["completion_tokens"]
         if tokens is None or first_s is None:
             raise LoadError("the stream ended without its usage chunk: the request was cut off")
-        self.result.completed += 1
         self.result.output_tokens += tokens
         self.result.ttft_s.append(first_s - asked_s)
 

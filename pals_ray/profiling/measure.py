@@ -18,10 +18,10 @@ from pals_ray.control.telemetry import Reading, between
 from pals_ray.errors import PalsError
 from pals_ray.models.profile import ProfileSample
 from pals_ray.profiling.load import ClosedLoop, loaded
-from pals_ray.profiling.steady import SteadyRule, Window, first_tokens, steady_window
+from pals_ray.profiling.steady import SteadyRule, first_tokens, steady_window
 from pals_ray.runtime.client import own_errors
 from pals_ray.runtime.messages import MANAGER_NAME, NAMESPACE, Measurement, agent_name
-from pals_ray.types import OperatingPoint
+from pals_ray.types import OperatingPoint, ReplicaTelemetry
 
 RENEW_S = 1.0
 READ_S = 1.0
@@ -77,9 +77,7 @@ class HeldReplica:
     def in_force(self, read: Measurement) -> bool:
         """Whether the point held is in force on all GPUs and in the engine's scheduler."""
         engine, point = read.reading.engine, self._point
-        if engine is None or point is None:
-            return False
-        return engine.batch_limit == point.batch_limit and _at_cap(read, point)
+        return bool(engine and point and engine.batch_limit == point.batch_limit and _at_cap(read, point))
 
     async def idle(self) -> None:
         """Wait until no request runs or waits. Raises `MeasuringError`."""
@@ -141,7 +139,6 @@ async def measure(
     replica: HeldReplica,
     point: OperatingPoint,
     load: ClosedLoop,
-    rule: SteadyRule,
     tell: Callable[[float, str], None],
 ) -> ProfileSample:
     """Measure one point under a load of as many requests as the batch limit. Raises `MeasuringError`, `HoldRefused`.
@@ -166,11 +163,11 @@ async def measure(
                         readings, reason = [], "the point in force, and no other requests"
                     elif first_tokens(read.reading) - begun >= point.batch_limit:
                         readings.append(read.reading)
-                        window, reason = steady_window(readings, rule)
-                        if window is not None:
-                            return _sample(window, point, replica.subject)
+                        first, reason = steady_window(readings)
+                        if first is not None:
+                            return _sample(between(first, read.reading), point, replica.subject)
                     elapsed_s = readings[-1].time_s - readings[0].time_s if readings else 0.0
-                    tell(min(elapsed_s / rule.least_s, 0.95), reason)
+                    tell(min(elapsed_s / SteadyRule().least_s, 0.95), reason)
         except TimeoutError:
             raise NotSteady(
                 f"{replica.subject.replica_id} at {point.cap_w:g} W, batch limit {point.batch_limit} was not steady "
@@ -186,8 +183,7 @@ def _requests(reading: Reading) -> int:
     return reading.engine.running + reading.engine.waiting if reading.engine else 0
 
 
-def _sample(window: Window, point: OperatingPoint, subject: MeasurementSubject) -> ProfileSample:
-    seen = between(window.first, window.last)
+def _sample(seen: ReplicaTelemetry, point: OperatingPoint, subject: MeasurementSubject) -> ProfileSample:
     return ProfileSample(
         power_cap_w=point.cap_w,
         batch_limit=point.batch_limit,

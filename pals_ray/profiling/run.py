@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import numpy as np
 from pals_ray.control.replica.batch_choice import graph_sizes
 from pals_ray.errors import PalsError
 from pals_ray.models.fitting.next_point import next_point
-from pals_ray.models.power_model import FloatArray
 from pals_ray.models.profile import Profile, ProfileError, ProfileSample, profile_from_json
 from pals_ray.models.specs import ModelSpec
 from pals_ray.profiling.measure import NotSteady
@@ -27,24 +25,7 @@ _MOST_UNSTEADY = 3
 Measure = Callable[[OperatingPoint], Awaitable[ProfileSample]]
 
 
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """The points that may be chosen: arrays of equal length. `cap_w` is W per GPU."""
-
-    cap_w: FloatArray
-    batch: FloatArray
-
-    def at(self, index: int) -> OperatingPoint:
-        """The point at an index."""
-        return OperatingPoint(float(self.cap_w[index]), int(self.batch[index]))
-
-    def index_of(self, point: OperatingPoint) -> int | None:
-        """A point's index, None where it is not on the grid."""
-        found = np.flatnonzero((self.cap_w == point.cap_w) & (self.batch == point.batch_limit))
-        return int(found[0]) if len(found) else None
-
-
-def grid_of(min_cap_w: float, most_cap_w: float, max_batch: int) -> Grid:
+def grid_of(min_cap_w: float, most_cap_w: float, max_batch: int) -> list[OperatingPoint]:
     """Seven caps, evenly, and batch limits 1, 2, 4, 8, 16, 24, 32, 48, 64, ... up to the largest."""
     caps = np.unique(np.linspace(min_cap_w, most_cap_w, _CAP_LEVELS).round())
     caps = caps[(caps >= min_cap_w) & (caps <= most_cap_w)]
@@ -57,8 +38,7 @@ def grid_of(min_cap_w: float, most_cap_w: float, max_batch: int) -> Grid:
         raise PalsError("the engine was started with max_num_seqs 1: the effect of the batch cannot be measured")
     powers = [2**k for k in range(max_batch.bit_length())]
     batches = sorted({max_batch, *(b for p in powers for b in (p, p * 3 // 2) if b in graph_sizes(max_batch))})
-    cap, batch = np.meshgrid(caps, np.array(batches, dtype=np.float64), indexing="ij")
-    return Grid(cap.reshape(-1), batch.reshape(-1))
+    return [OperatingPoint(float(cap_w), batch) for cap_w in caps for batch in batches]
 
 
 def drawn_points(min_cap_w: float, most_cap_w: float, max_batch: int, count: int, seed: int) -> list[OperatingPoint]:
@@ -100,7 +80,12 @@ def write_profile(path: Path, profile: Profile) -> None:
 
 
 async def measure_all(
-    profile: Profile, grid: Grid, points: int, measure: Measure, keep: Callable[[Profile], None], spec: ModelSpec | None
+    profile: Profile,
+    grid: Sequence[OperatingPoint],
+    points: int,
+    measure: Measure,
+    keep: Callable[[Profile], None],
+    spec: ModelSpec | None,
 ) -> tuple[Profile, tuple[str, ...]]:
     """Measure until the profile holds `points` samples, each chosen on what is known so far and kept at once.
 
@@ -113,7 +98,7 @@ async def measure_all(
         if index is None:
             break
         try:
-            sample = await measure(grid.at(index))
+            sample = await measure(grid[index])
         except NotSteady as error:
             left_out.append(str(error))
             skipped.append(index)
@@ -125,8 +110,9 @@ async def measure_all(
     return profile, tuple(left_out)
 
 
-def _next(profile: Profile, grid: Grid, skipped: list[int], spec: ModelSpec | None) -> int | None:
+def _next(profile: Profile, grid: Sequence[OperatingPoint], skipped: list[int], spec: ModelSpec | None) -> int | None:
     """The most informative point of the grid that is neither measured nor skipped, given all samples so far."""
-    measured = [grid.index_of(OperatingPoint(s.power_cap_w, s.batch_limit)) for s in profile.samples]
-    taken = [*skipped, *(index for index in measured if index is not None)]
-    return next_point(grid.cap_w, grid.batch, taken, profile.table(), spec)
+    measured = [OperatingPoint(s.power_cap_w, s.batch_limit) for s in profile.samples]
+    taken = [*skipped, *(grid.index(point) for point in measured if point in grid)]
+    cap_w, batch = np.array([(point.cap_w, point.batch_limit) for point in grid]).T
+    return next_point(cap_w, batch, taken, profile.table(), spec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pals_ray.control.telemetry import Reading
+from pals_ray.control.telemetry import Reading, between
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,52 +25,23 @@ class SteadyRule:
     least_pace: float = 0.95
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """What a replica did between two readings. W of all its GPUs."""
-
-    first: Reading
-    last: Reading
-
-    @property
-    def elapsed_s(self) -> float:
-        """From first to last reading, s."""
-        return self.last.time_s - self.first.time_s
-
-    @property
-    def throughput_tokens_per_s(self) -> float:
-        """Mean output tokens/s."""
-        return (_tokens(self.last) - _tokens(self.first)) / self.elapsed_s
-
-    @property
-    def power_w(self) -> float:
-        """Mean draw of the group, W, by the energy counters."""
-        return (self.last.energy_j - self.first.energy_j) / self.elapsed_s
-
-    @property
-    def first_tokens(self) -> int:
-        """Requests that had their first token in it."""
-        return first_tokens(self.last) - first_tokens(self.first)
-
-
-def steady_window(readings: Sequence[Reading], rule: SteadyRule) -> tuple[Window | None, str]:
-    """The longest steady window that ends with the last reading, or None, and why."""
+def steady_window(readings: Sequence[Reading], rule: SteadyRule = SteadyRule()) -> tuple[Reading | None, str]:
+    """The first reading of the longest steady window that ends with the last one, or None, and why."""
     reason = "no readings yet"
     for start in range(len(readings) - 2):
-        whole = Window(readings[start], readings[-1])
-        if whole.elapsed_s < rule.least_s:
-            reason = reason if start else f"{whole.elapsed_s:.0f} of {rule.least_s:g} s"
+        first, last = readings[start], readings[-1]
+        elapsed_s, requests = last.time_s - first.time_s, first_tokens(last) - first_tokens(first)
+        if elapsed_s < rule.least_s:
+            reason = reason if start else f"{elapsed_s:.0f} of {rule.least_s:g} s"
             break
-        if whole.first_tokens < rule.least_first_tokens:
-            reason = reason if start else f"{whole.first_tokens} of {rule.least_first_tokens} first tokens"
+        if requests < rule.least_first_tokens:
+            reason = reason if start else f"{requests} of {rule.least_first_tokens} first tokens"
             break
-        middle_s = (whole.first.time_s + whole.last.time_s) / 2
+        middle_s = (first.time_s + last.time_s) / 2
         middle = min(readings[start + 1 : -1], key=lambda reading: abs(reading.time_s - middle_s))
-        said = _held_up(readings[start:], rule) or _difference(
-            Window(whole.first, middle), Window(middle, whole.last), rule
-        )
+        said = _held_up(readings[start:], rule) or _difference(first, middle, last, rule)
         if said is None:
-            return whole, f"steady for {whole.elapsed_s:.0f} s"
+            return first, f"steady for {elapsed_s:.0f} s"
         reason = said if not start else reason
     return None, reason
 
@@ -80,12 +51,12 @@ def first_tokens(reading: Reading) -> int:
     return sum(reading.engine.ttft_counts) if reading.engine else 0
 
 
-def _difference(one: Window, two: Window, rule: SteadyRule) -> str | None:
-    """How two halves differ, None where they agree."""
-    lump = max(half.last.engine.running if half.last.engine else 0 for half in (one, two))
+def _difference(first: Reading, middle: Reading, last: Reading, rule: SteadyRule) -> str | None:
+    """How the halves of a window differ, None where they agree."""
+    one, two = between(first, middle), between(middle, last)
     before, after = one.throughput_tokens_per_s, two.throughput_tokens_per_s
-    allowed = rule.throughput_share * before + lump / min(one.elapsed_s, two.elapsed_s)
-    if abs(after - before) > allowed:
+    lump = max(one.running, two.running) / min(middle.time_s - first.time_s, last.time_s - middle.time_s)
+    if abs(after - before) > rule.throughput_share * before + lump:
         return f"throughput went from {before:.4g} to {after:.4g} tokens/s"
     if abs(two.power_w - one.power_w) > rule.power_share * one.power_w:
         return f"power went from {one.power_w:.0f} to {two.power_w:.0f} W"
@@ -104,7 +75,3 @@ def _held_up(readings: Sequence[Reading], rule: SteadyRule) -> str | None:
     if pace < rule.least_pace:
         return f"steps run at {pace:.2f} of the modelled speed: this machine is too busy for its virtual GPUs"
     return None
-
-
-def _tokens(reading: Reading) -> int:
-    return reading.engine.generation_tokens if reading.engine else 0

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pals_ray.control.telemetry import Reading
-from pals_ray.profiling.steady import SteadyRule, steady_window
+from pals_ray.control.telemetry import Reading, between
+from pals_ray.profiling.steady import SteadyRule, first_tokens, steady_window
 from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry
 
 RULE = SteadyRule(least_s=10, least_first_tokens=4, throughput_share=0.03, power_share=0.02)
@@ -44,16 +44,17 @@ def readings(rate, power_w, seconds=30, requests_per_s=1.0, running=1, batch_lim
 def test_a_constant_load_is_steady_as_soon_as_the_window_is_long_enough():
     rows = readings(lambda t: 100, lambda t: 300)
     assert steady_window(rows[:10], RULE) == (None, "9 of 10 s")
-    window, reason = steady_window(rows[:11], RULE)
-    assert (window.throughput_tokens_per_s, window.power_w, window.first_tokens) == (100, 300, 10)
+    first, reason = steady_window(rows[:11], RULE)
+    seen = between(first, rows[10])
+    assert (seen.throughput_tokens_per_s, seen.power_w, first_tokens(rows[10]) - first_tokens(first)) == (100, 300, 10)
     assert reason == "steady for 10 s"
 
 
 def test_a_ramp_is_left_out_of_the_window_and_the_longest_steady_rest_is_taken():
     rows = readings(lambda t: min(10 * t, 100), lambda t: 300)
-    window, _ = steady_window(rows, RULE)
-    assert window.throughput_tokens_per_s > 95
-    assert window.elapsed_s > 15
+    first, _ = steady_window(rows, RULE)
+    assert between(first, rows[-1]).throughput_tokens_per_s > 95
+    assert rows[-1].time_s - first.time_s > 15
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_the_lump_of_one_engine_step_is_no_change_of_throughput():
 def test_noise_of_single_readings_does_not_hinder():
     noise = np.random.default_rng(1).normal(1, 0.02, 100)
     rows = readings(lambda t: 100 * noise[int(t)], lambda t: 300 * noise[int(t) + 40])
-    assert steady_window(rows, RULE)[0].elapsed_s > 25
+    assert rows[-1].time_s - steady_window(rows, RULE)[0].time_s > 25
 
 
 def test_a_host_that_is_too_busy_is_not_measured_in_the_replica_s_stead():
