@@ -35,7 +35,7 @@ def exact_prediction(capacity_tokens_per_s, power_w, itl_s, ttft_s) -> Predictio
     """A prediction without any uncertainty, whose p50 and p99 are the same and whose caps are honoured."""
     none = np.zeros_like(ttft_s)
     honoured = np.ones(ttft_s.shape, dtype=bool)
-    return Prediction(capacity_tokens_per_s, power_w, itl_s, itl_s, ttft_s, ttft_s, none, none, honoured)
+    return Prediction(capacity_tokens_per_s, power_w, itl_s, itl_s, ttft_s, ttft_s, none, none, honours_cap=honoured)
 
 
 def replica_snapshot(name: str = "r", *, gpus: int = 1, demand: float | None = None, **changes) -> ReplicaSnapshot:
