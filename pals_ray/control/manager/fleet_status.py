@@ -144,6 +144,7 @@ def fleet_status(
         )
         for uuid, device in devices.items()
     )
+    beat_of_node = {member.spec.node_id: member.beat for member in members.values()}
     parked_w = sum(ledger.parked_charge_w(now_s).values())
     drawn_w = measured_w(ledger, devices)
     charge_w = parked_w + sum(view.charge_w for view in views)
@@ -157,7 +158,7 @@ def fleet_status(
         reserved_w=ledger.reserved_w(),
         parked_w=parked_w,
         measured_w=drawn_w,
-        unmanaged_w=sum(member.beat.unmanaged_w for member in _one_per_node(members) if member.beat),
+        unmanaged_w=sum(beat.unmanaged_w for beat in beat_of_node.values() if beat),
         stranded=_stranded(replicas, charge_w, drawn_w),
         epoch=ledger.epoch,
         enforced=unenforced is None and all(device.gpu.may_set for device in devices.values()),
@@ -218,7 +219,3 @@ def _stranded(replicas: Sequence[ReplicaStatus], charge_w: float, drawn_w: float
 def _provenance(devices: Iterable[Device]) -> Provenance:
     modelled = any(device.gpu.info.provenance is Provenance.MODELLED for device in devices)
     return Provenance.MODELLED if modelled else Provenance.MEASURED
-
-
-def _one_per_node(members: Mapping[str, Member]) -> list[Member]:
-    return list({member.spec.node_id: member for member in members.values()}.values())
