@@ -10,9 +10,9 @@ from typing import Literal
 from pals_ray.config.budget_files import load_signal
 from pals_ray.config.scenario import FailureSpec, FleetSpec, LoadSpec, Scenario
 from pals_ray.config.trace_files import load_trace
-from pals_ray.control.budget.moving_budget import BudgetPlan, FollowedSignal, ScheduledBudget
+from pals_ray.control.budget.moving_budget import BudgetPlan, FollowedSignal
 from pals_ray.control.budget.regulation import synthetic_signal
-from pals_ray.control.budget.schedule import Entry
+from pals_ray.control.budget.schedule import Entry, Schedule
 from pals_ray.control.budget.signal_following import Following
 from pals_ray.control.snapshot import Overhead
 from pals_ray.models.physics.roofline import Workload
@@ -202,5 +202,5 @@ def budget_of(
     if case.kind == "event" and spec.event is not None:
         event = spec.event
         entry = Entry(WARM_UP_S + event.start_s, WARM_UP_S + event.end_s, event.share * base_w, event.ramp_s)
-        return base_w, ScheduledBudget((entry,))
+        return base_w, Schedule((entry,))
     return case.budget_share * base_w, None

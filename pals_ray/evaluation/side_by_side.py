@@ -13,8 +13,7 @@ import numpy as np
 
 from pals_ray.config.fleet import FleetConfig
 from pals_ray.config.policy_path import load_policy
-from pals_ray.control.budget.moving_budget import ScheduledBudget
-from pals_ray.control.budget.schedule import Entry
+from pals_ray.control.budget.schedule import Entry, Schedule
 from pals_ray.control.telemetry import Reading, between
 from pals_ray.engine.control_block import SchedulerReading
 from pals_ray.evaluation.runs import fixed_at
@@ -159,7 +158,7 @@ def simulated(setting: SimSetting, stage: Stage, traces: Traces, looks_s: Sequen
         setting = replace(setting, fleet=fleet)
     else:
         fall = Entry(LEAD_S + looks_s[1], math.inf, stage.after_w)
-        setting = replace(setting, budget_w=stage.before_w, plan=ScheduledBudget((fall,)))
+        setting = replace(setting, budget_w=stage.before_w, plan=Schedule((fall,)))
     requests = {
         name: replace(trace, arrival_s=trace.arrival_s + LEAD_S, duration_s=trace.duration_s + LEAD_S)
         for name, trace in traces.items()

@@ -39,18 +39,19 @@ async def profile_live(
         prior = spec = None
         # A model that no table knows has no prior: the fit has the samples alone.
         with suppress(UnknownSpecError):
-            parallelism = Parallelism(subject.tensor_parallel, subject.expert_parallel)
-            prior = known_prior(subject.known_as, subject.gpu, parallelism, subject.time_scale)
+            parallelism = Parallelism(subject.deployed.tensor_parallel, subject.deployed.expert_parallel)
+            prior = known_prior(subject.deployed.known_as, subject.gpu.product, parallelism, subject.time_scale)
             spec = prior.physics.model
-        limits = subject.min_cap_w, subject.most_cap_w, subject.max_batch
+        limits = subject.replica.min_limit_w, subject.most_cap_w, subject.replica.max_batch
         grid = grid_of(*limits)
         profile = begin_or_resume(path, _empty(model, subject, shape))
         if profile.samples:
             console.print(f"going on with {path}: {len(profile.samples)} of {points} points are there")
-        if subject.most_cap_w < subject.max_cap_w:
+        if subject.most_cap_w < subject.replica.max_limit_w:
             console.print(
-                f"the budget leaves {subject.replica_id} at most {subject.most_cap_w:g} of {subject.max_cap_w:g} W per "
-                "GPU beside all others at their lowest caps: measuring up to there"
+                f"the budget leaves {subject.replica.replica_id} at most {subject.most_cap_w:g} of "
+                f"{subject.replica.max_limit_w:g} W per GPU beside all others at their lowest caps: measuring up to "
+                "there"
             )
         # Points done, a share for the one under way, and what it waits for.
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -89,7 +90,7 @@ async def profile_live(
     # matplotlib takes half a second to import: only who profiles waits for it.
     from pals_ray.plots.models import plot_surface
 
-    plot_surface(surface, profile.table(), picture, f"{model} on {subject.num_gpus} x {subject.gpu}")
+    plot_surface(surface, profile.table(), picture, f"{model} on {subject.replica.num_gpus} x {subject.gpu.product}")
     console.print(f"{len(profile.samples)} points in {path}, surfaces in {picture}")
     for note in (*left_out, *surface.report.notes()):
         console.print(f"note: {note}")
@@ -97,14 +98,14 @@ async def profile_live(
         console.print(check_table(surface, profile.model_copy(update={"samples": tuple(checked)})))
 
 
-#: Fields that a profile takes over from the replica that is measured.
-_SUBJECT_FIELDS = ("gpu", "tensor_parallel", "expert_parallel", "num_gpus", "time_scale")
-
-
 def _empty(model: str, subject: MeasurementSubject, shape: RequestShape) -> Profile:
     return Profile(
         model=model,
-        **{name: getattr(subject, name) for name in _SUBJECT_FIELDS},
+        gpu=subject.gpu.product,
+        tensor_parallel=subject.deployed.tensor_parallel,
+        expert_parallel=subject.deployed.expert_parallel,
+        num_gpus=subject.replica.num_gpus,
+        time_scale=subject.time_scale,
         engine=_engine(),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         prompt_tokens=shape.prompt_tokens,

@@ -46,7 +46,7 @@ class HeldReplica:
         self.subject = subject
         self._owner = owner
         self._manager = manager
-        self._agent = ray.get_actor(agent_name(subject.replica_id), namespace=NAMESPACE)
+        self._agent = ray.get_actor(agent_name(subject.replica.replica_id), namespace=NAMESPACE)
         self._point: OperatingPoint | None = None
         self._refused: PalsError | None = None
 
@@ -56,7 +56,7 @@ class HeldReplica:
         The batch limit is not waited for: the scheduler reads it with its next step, and an idle engine makes none.
         """
         with own_errors():
-            await self._manager.hold.remote(self.subject.replica_id, self._owner, point)
+            await self._manager.hold.remote(self.subject.replica.replica_id, self._owner, point)
         self._point = point
         await self._until(
             lambda read: _at_cap(read, point),
@@ -71,7 +71,7 @@ class HeldReplica:
         with own_errors():
             read: Measurement | None = await self._agent.measure.remote()
         if read is None or read.reading.engine is None:
-            raise MeasuringError(f"{self.subject.replica_id} cannot be read: `pals status` says why")
+            raise MeasuringError(f"{self.subject.replica.replica_id} cannot be read: `pals status` says why")
         return read
 
     def in_force(self, read: Measurement) -> bool:
@@ -93,7 +93,7 @@ class HeldReplica:
                 while not holds(await self.read()):
                     await asyncio.sleep(0.1)
                 return
-        raise MeasuringError(f"{self.subject.replica_id} {otherwise}")
+        raise MeasuringError(f"{self.subject.replica.replica_id} {otherwise}")
 
     async def renew(self) -> None:
         """Renew the hold for ever; a manager that is away may come back within the lease."""
@@ -103,7 +103,7 @@ class HeldReplica:
                 continue
             try:
                 with own_errors():
-                    await self._manager.hold.remote(self.subject.replica_id, self._owner, self._point)
+                    await self._manager.hold.remote(self.subject.replica.replica_id, self._owner, self._point)
             except HoldRefused as error:
                 self._refused = error
                 return
@@ -114,7 +114,7 @@ class HeldReplica:
         """Give the replica back to the policy."""
         self._point = None
         with suppress(PalsError, RayActorError), own_errors():
-            await self._manager.release.remote(self.subject.replica_id, self._owner)
+            await self._manager.release.remote(self.subject.replica.replica_id, self._owner)
 
 
 @asynccontextmanager
@@ -170,8 +170,8 @@ async def measure(
                     tell(min(elapsed_s / SteadyRule().least_s, 0.95), reason)
         except TimeoutError:
             raise NotSteady(
-                f"{replica.subject.replica_id} at {point.cap_w:g} W, batch limit {point.batch_limit} was not steady "
-                f"within {POINT_DEADLINE_S:g} s: {reason}"
+                f"{replica.subject.replica.replica_id} at {point.cap_w:g} W, batch limit {point.batch_limit} was not "
+                f"steady within {POINT_DEADLINE_S:g} s: {reason}"
             ) from None
 
 
@@ -193,6 +193,6 @@ def _sample(seen: ReplicaTelemetry, point: OperatingPoint, subject: MeasurementS
         itl_p99_s=seen.itl.p99_s,
         ttft_p50_s=seen.ttft.p50_s,
         ttft_p99_s=seen.ttft.p99_s,
-        provenance=subject.provenance,
+        provenance=subject.gpu.provenance,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )

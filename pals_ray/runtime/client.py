@@ -17,7 +17,6 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from pals_ray.config.budget_files import load_schedule, load_signal, parse_schedule
 from pals_ray.config.operator_requests import followed
 from pals_ray.config.policy_path import PolicyInfo, list_policies
-from pals_ray.control.budget.moving_budget import ScheduledBudget
 from pals_ray.control.budget.regulation import Signal
 from pals_ray.control.budget.schedule import Schedule
 from pals_ray.errors import PalsError
@@ -156,13 +155,13 @@ class Fleet:
             stop_fleet(self._manager)
 
 
-def scheduled(schedule: Schedule | str | Path | Mapping[str, Any]) -> ScheduledBudget:
+def scheduled(schedule: Schedule | str | Path | Mapping[str, Any]) -> Schedule:
     """What the manager is asked to keep to: a schedule's file, or the content of one. Raises `ConfigError`."""
     if isinstance(schedule, Schedule):
-        return ScheduledBudget(schedule.entries)
+        return schedule
     if isinstance(schedule, str | Path):
-        return ScheduledBudget(load_schedule(schedule).entries)
-    return ScheduledBudget(parse_schedule(dict(schedule), "the schedule").entries)
+        return load_schedule(schedule)
+    return parse_schedule(dict(schedule), "the schedule")
 
 
 def connect(address: str = "auto") -> Fleet:

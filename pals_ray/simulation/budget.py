@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import inf
 
-from pals_ray.control.budget.moving_budget import FollowedSignal, ScheduledBudget
+from pals_ray.control.budget.moving_budget import FollowedSignal
 from pals_ray.control.budget.schedule import Schedule, budget_at
 from pals_ray.simulation.setting import SimSetting
 from pals_ray.types import BudgetSource as SourceStatus
@@ -14,8 +14,8 @@ from pals_ray.types import BudgetSource as SourceStatus
 def budget_at_start_w(setting: SimSetting) -> float:
     """The budget when the run begins, W at node level."""
     plan = setting.plan
-    if isinstance(plan, ScheduledBudget):
-        return budget_at(Schedule(plan.entries), setting.budget_w, 0.0).budget_w
+    if isinstance(plan, Schedule):
+        return budget_at(plan, setting.budget_w, 0.0).budget_w
     if isinstance(plan, FollowedSignal):
         return min(plan.following.target_w(plan.signal().at(0.0)), plan.following.ceiling_w)
     return setting.budget_w

@@ -55,9 +55,9 @@ def test_what_a_profiler_may_measure_is_said_and_what_it_may_not_is_refused(serv
     serving.fleet.set_budget(700)
     (one,) = serving.serve(1)
     subject = call(serving.manager.subject, "dummy")
-    assert (subject.replica_id, subject.known_as, subject.num_gpus) == (one.id, "dummy", 1)
-    assert (subject.min_cap_w, subject.most_cap_w, subject.max_batch) == (100, 400, MAX_BATCH)
-    assert (subject.time_scale, subject.provenance) == (2.0, Provenance.MODELLED)
+    assert (subject.replica.replica_id, subject.deployed.known_as, subject.replica.num_gpus) == (one.id, "dummy", 1)
+    assert (subject.replica.min_limit_w, subject.most_cap_w, subject.replica.max_batch) == (100, 400, MAX_BATCH)
+    assert (subject.time_scale, subject.gpu.provenance) == (2.0, Provenance.MODELLED)
     serving.fleet.set_budget(550)
     assert call(serving.manager.subject, "dummy").most_cap_w == 250
     for point, says in (

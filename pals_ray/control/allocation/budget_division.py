@@ -39,20 +39,14 @@ def solve(menus: MenuTable, tree: BudgetTree) -> Division:
 
 
 @dataclass(frozen=True, slots=True)
-class ClassDivision:
-    """What one priority class got: its total value, and the bound on it given the classes before it."""
-
-    priority: int
-    value: float
-    bound: float
-
-
-@dataclass(frozen=True, slots=True)
 class FleetDivision:
-    """One point of each menu: `index` (n,), and what each class got, in order."""
+    """One point of each menu: `index` (n,), and each class's division by its priority, in order.
+
+    A class's bound is what it could have got at most, given the classes before it.
+    """
 
     index: IntArray
-    classes: tuple[ClassDivision, ...]
+    classes: dict[int, Division]
 
 
 def divide(
@@ -74,20 +68,19 @@ def divide(
         index[:] = 0
         for _, mine in classes:
             index[mine] = _raise(menus, tree, index, mine, floor[mine], solver).index
-    results = []
+    divisions = {}
     for number, mine in classes:
-        division = _raise(menus, tree, index, mine, None, solver)
-        index[mine] = division.index
-        results.append(ClassDivision(number, division.value, division.bound))
-    return FleetDivision(index, tuple(results))
+        divisions[number] = _raise(menus, tree, index, mine, None, solver)
+        index[mine] = divisions[number].index
+    return FleetDivision(index, divisions)
 
 
 def _raise(
     menus: MenuTable, tree: BudgetTree, index: IntArray, mine: IntArray, ceiling: IntArray | None, solver: Solver
 ) -> Division:
     """Raise some replicas from their present points, no further than `ceiling`, while the others stay at theirs."""
-    left = tree.above(menus.at(index)[0]).of_rows(mine)
-    offered = menus.rows(mine) if len(mine) < len(menus) else menus
+    left = replace(tree.above(menus.at(index)[0]), node_of=tree.node_of[mine])
+    offered = MenuTable(menus.extra_w[mine], menus.value[mine]) if len(mine) < len(menus) else menus
     first = index[mine]
     last = np.full(len(mine), menus.value.shape[1] - 1) if ceiling is None else ceiling
     if first.any() or ceiling is not None:

@@ -63,10 +63,6 @@ class BudgetTree:
             below[self.parent[node]] |= below[node]
         return below
 
-    def of_rows(self, rows: IntArray) -> BudgetTree:
-        """The same budgets over some of the replicas."""
-        return replace(self, node_of=self.node_of[rows])
-
     def above(self, charge_w: FloatArray) -> BudgetTree:
         """The whole watts that the charges (n,) leave of each budget; negative where they do not fit."""
         return replace(self, budget_w=np.floor(self.budget_w - self.subtotals_w(charge_w) + 1e-9))

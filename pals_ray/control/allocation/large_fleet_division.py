@@ -161,13 +161,11 @@ class _Rounding:
         gain = self.menus.value[replica, point] - self.value[replica]
         order = np.argsort(more_w)
         start = int(np.searchsorted(more_w[order], 0.0))
-        order = np.concatenate([order[:start], [-1], order[start:]])
-        none = order < 0
         return _Moves(
-            np.where(none, -1, replica[order]),
-            point[order],
-            np.where(none, 0.0, more_w[order]),
-            np.where(none, 0.0, gain[order]),
+            np.insert(replica[order], start, -1),
+            np.insert(point[order], start, 0),
+            np.insert(more_w[order], start, 0.0),
+            np.insert(gain[order], start, 0.0),
         )
 
     def _room_below_w(self, v: int) -> FloatArray:

@@ -21,14 +21,7 @@ HOLD_LEASE_S = 5.0
 
 
 class HoldRefused(PalsError):
-    """A replica that cannot be held at a point; `short_w` is what the budget lacks for it, W (0: another reason)."""
-
-    def __init__(self, message: str, short_w: float = 0.0) -> None:
-        super().__init__(message)
-        self.short_w = short_w
-
-    def __reduce__(self) -> tuple[type[HoldRefused], tuple[str, float]]:
-        return HoldRefused, (str(self), self.short_w)
+    """A replica that cannot be held at a point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +50,10 @@ class MeasurementHolds:
             raise HoldRefused(f"{replica_id} is being measured by another profiler: wait until that has ended")
         room_w, where = self.room_w(snapshot, replica_id)
         if hold.charge_w > room_w + EPS_W:
-            short_w = hold.charge_w - room_w
             raise HoldRefused(
                 f"{replica_id} at {hold.point.cap_w:g} W per GPU takes {hold.charge_w:.0f} W, but {where} leaves it "
-                f"{room_w:.0f} W beside all others at their lowest caps: {short_w:.0f} W more are needed in that "
-                "budget, or a lower cap",
-                short_w,
+                f"{room_w:.0f} W beside all others at their lowest caps: {hold.charge_w - room_w:.0f} W more are "
+                "needed in that budget, or a lower cap"
             )
         self._holds[replica_id] = hold
         return present is None or (present.point, present.charge_w) != (hold.point, hold.charge_w)

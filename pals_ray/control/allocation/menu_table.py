@@ -45,10 +45,6 @@ class MenuTable:
                 net.argmax(axis=1, out=best[part, k])
         return best
 
-    def rows(self, chosen: IntArray) -> MenuTable:
-        """The menus of some replicas."""
-        return MenuTable(self.extra_w[chosen], self.value[chosen])
-
 
 @dataclass(frozen=True, slots=True)
 class Division:

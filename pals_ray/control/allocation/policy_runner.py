@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from pals_ray.control.allocation.measurement_holds import MeasurementHolds
-from pals_ray.control.snapshot import FleetSnapshot, Policy, Share
+from pals_ray.control.snapshot import FleetSnapshot, Policy, ReplicaSnapshot, Share
 from pals_ray.errors import PalsError
 from pals_ray.models.power_model import PowerModel
 
@@ -49,10 +49,8 @@ class PolicyRunner:
             self._fail(error)
             return None
         self._failure = None
-        held = {r.replica_id: r.grant_w for r in snapshot.replicas if r.replica_id in shares}
-        if moved_w == 0.0 and all(
-            _near(shares[name], grant_w, self._asked.get(name)) for name, grant_w in held.items()
-        ):
+        served = [r for r in snapshot.replicas if r.replica_id in shares]
+        if moved_w == 0.0 and all(_near(shares[r.replica_id], r, self._asked.get(r.replica_id)) for r in served):
             return None
         self._asked, self._budget_w = shares, snapshot.budget_w
         return shares
@@ -65,8 +63,7 @@ class PolicyRunner:
         self._failure = failure
 
 
-def _near(share: Share, granted_w: float, asked: Share | None) -> bool:
+def _near(share: Share, replica: ReplicaSnapshot, asked: Share | None) -> bool:
     """Whether a share is near the present grant, with the same pins as last asked for."""
-    if asked is None or share.pins != asked.pins:
-        return False
-    return abs(share.charge_w - granted_w) <= NEAR * granted_w
+    same_pins = asked is not None and share.pins == asked.pins
+    return same_pins and abs(share.charge_w - replica.grant_w) <= NEAR * replica.grant_w

@@ -20,7 +20,7 @@ from pals_ray.control.allocation.replica_menu import (
     most_charge_w,
     replica_menu,
 )
-from pals_ray.control.replica.prediction import MENU_CAPS, Surface, predict_range
+from pals_ray.control.replica.prediction import MENU_CAPS, predict_range
 from pals_ray.control.snapshot import FleetSnapshot, ReplicaSnapshot, Share
 from pals_ray.models.power_model import PowerModel
 
@@ -50,17 +50,14 @@ class FleetMenus:
     ) -> FleetMenus:
         """The menus of a fleet of at least one replica; `models` by replica id, else by model name."""
         targets = targets_tokens_per_s(snapshot)
-        surfaces: dict[tuple[int, float, float, int], Surface] = {}
         menus = []
         for r in snapshot.replicas:
             model = models.get(r.replica_id, models.get(r.model))
             if model is None:
                 menus.append(_unmodelled(r))
                 continue
-            key = (id(model), r.min_limit_w, r.max_limit_w, r.max_batch)
-            if key not in surfaces:
-                surfaces[key] = predict_range(model, r.min_limit_w, r.max_limit_w, r.max_batch)
-            menus.append(replica_menu(r, surfaces[key], targets[r.replica_id], pin_batch_limit))
+            surface = predict_range(model, r.min_limit_w, r.max_limit_w, r.max_batch)
+            menus.append(replica_menu(r, surface, targets[r.replica_id], pin_batch_limit))
         least_w, _ = bounds_w(snapshot)
         return cls(
             tuple(menus),
@@ -191,7 +188,7 @@ def _predicted(menu: ReplicaMenu, k: int) -> str:
 
 
 def _nearness(division: FleetDivision) -> str:
-    value, bound = (sum(getattr(c, name) for c in division.classes) for name in ("value", "bound"))
+    value, bound = (sum(getattr(c, name) for c in division.classes.values()) for name in ("value", "bound"))
     return f"within {max(bound - value, 0.0) / max(abs(bound), 1e-9):.2%} of the optimum"
 
 

@@ -8,16 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pals_ray.control.budget.regulation import Signal
-from pals_ray.control.budget.schedule import Entry, Schedule, at_least, budget_at
-from pals_ray.control.budget.signal_following import Following, FollowState, step
+from pals_ray.control.budget.schedule import Schedule, at_least, budget_at
+from pals_ray.control.budget.signal_following import FleetWatts, Following, FollowState, step
 from pals_ray.types import BudgetSource
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledBudget:
-    """Entries of a schedule, as they are written down; `pals_ray.control.budget.schedule` says what they mean."""
-
-    entries: tuple[Entry, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +27,7 @@ class FollowedSignal:
         return Signal(np.array(self.time_s, dtype=np.float64), np.array(self.value, dtype=np.float64))
 
 
-BudgetPlan = ScheduledBudget | FollowedSignal
-
-
-@dataclass(frozen=True, slots=True)
-class FleetWatts:
-    """What the fleet needs at its lowest caps, its charge with the reserve, and its mean draw since the last call, W.
-
-    The draw is None where it is not known.
-    """
-
-    needed_w: float
-    occupied_w: float
-    drawn_w: float | None
+BudgetPlan = FollowedSignal | Schedule
 
 
 class BudgetMover:
@@ -62,14 +43,13 @@ class BudgetMover:
         self._set_w = set_w
         self._wall_less_now_s = wall_s - now_s
         self._state = FollowState()
-        self._schedule = Schedule(plan.entries) if isinstance(plan, ScheduledBudget) else None
         self._signal = plan.signal() if isinstance(plan, FollowedSignal) else None
         self._next_change_s = math.inf
 
     @property
     def name(self) -> str:
         """What moves the budget, for a message."""
-        return "the schedule" if self._schedule is not None else "the followed signal"
+        return "the schedule" if isinstance(self._plan, Schedule) else "the followed signal"
 
     def wait_s(self, wall_s: float, at_most_s: float) -> float:
         """How long until the budget has to be looked at again, s: the schedule's next change, at most `at_most_s`."""
@@ -77,9 +57,9 @@ class BudgetMover:
 
     def ask(self, watts: FleetWatts, wall_s: float, now_s: float) -> tuple[float, BudgetSource]:
         """The budget from now on, W, and what to tell an operator: never under what the fleet needs, with a warning."""
-        if self._schedule is not None:
-            return self._scheduled(self._schedule, watts, wall_s)
-        return self._followed(watts, now_s)
+        if isinstance(self._plan, Schedule):
+            return self._scheduled(self._plan, watts, wall_s)
+        return self._followed(self._plan, watts, now_s)
 
     def _scheduled(self, schedule: Schedule, watts: FleetWatts, wall_s: float) -> tuple[float, BudgetSource]:
         asked = budget_at(schedule, self._set_w, wall_s)
@@ -89,20 +69,11 @@ class BudgetMover:
         next_s = self._next_change_s if self._next_change_s < math.inf else None
         return budget_w, BudgetSource("schedule", self._set_w, asked.budget_w, asked.reason, warning, next_s)
 
-    def _followed(self, watts: FleetWatts, now_s: float) -> tuple[float, BudgetSource]:
-        assert isinstance(self._plan, FollowedSignal)
+    def _followed(self, plan: FollowedSignal, watts: FleetWatts, now_s: float) -> tuple[float, BudgetSource]:
         assert self._signal is not None
-        following = self._plan.following
-        elapsed_s = now_s + self._wall_less_now_s - self._plan.started_s
-        self._state, done = step(
-            self._state,
-            following,
-            self._signal.mean(elapsed_s, following.smooth_s),
-            now_s,
-            measured_w=watts.drawn_w,
-            occupied_w=watts.occupied_w,
-            needed_w=watts.needed_w,
-        )
+        elapsed_s = now_s + self._wall_less_now_s - plan.started_s
+        y = self._signal.mean(elapsed_s, plan.following.smooth_s)
+        self._state = done = step(self._state, plan.following, y, now_s, watts)
         left_s = self._signal.end_s - elapsed_s
         until = f"{left_s:.0f} s of it left" if left_s > 0 else "it has ended: the base holds"
         return done.budget_w, BudgetSource(

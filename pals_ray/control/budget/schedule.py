@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from itertools import pairwise, takewhile
 
 
@@ -36,10 +37,6 @@ class Schedule:
     """Entries in any order. Where some overlap the lowest holds, so that every one of them is kept."""
 
     entries: tuple[Entry, ...] = ()
-    pieces: tuple[Piece, ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pieces", _pieces(self.entries))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +72,7 @@ def budget_at(schedule: Schedule, base_w: float, wall_s: float) -> Scheduled:
     above what entries and base say for the instant itself. A change takes the `ramp_s` of the lower of the two sides
     (of the other where the lower is the base). Where it reaches over further entries, the lowest line counts.
     """
-    pieces = schedule.pieces
+    pieces = _pieces(schedule.entries)
     piece = pieces[bisect_right(pieces, wall_s, key=lambda p: p.start_s) - 1]
     level_w = _level_w(piece, base_w)
     ramps = [ramp for index in range(1, len(pieces)) if (ramp := _ramp_into(pieces, index, base_w)) is not None]
@@ -108,6 +105,7 @@ def at_least(asked_w: float, needed_w: float, who: str) -> tuple[float, str | No
     return needed_w, f"{who} asks for {asked_w:.0f} W, but the fleet at its lowest caps needs {needed}: held at that"
 
 
+@lru_cache(maxsize=8)
 def _pieces(entries: tuple[Entry, ...]) -> tuple[Piece, ...]:
     cuts = sorted({-math.inf, math.inf, *(e.start_s for e in entries), *(e.end_s for e in entries)})
     pieces: list[Piece] = []

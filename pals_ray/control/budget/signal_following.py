@@ -35,40 +35,34 @@ class Following:
 
 @dataclass(frozen=True, slots=True)
 class FollowState:
-    """What following remembers: the correction, W, and the last step's time (s, any clock), target and budget, W."""
+    """One step's outcome, and what the next one goes on from: the correction, the step's time (s, any clock), target
+    and budget; W at node level. `warning` is set while the signal asks for what cannot be had."""
 
     trim_w: float = 0.0
     step_s: float | None = None
     target_w: float = 0.0
     budget_w: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class FollowOutcome:
-    """One step's outcome, W at node level. `warning` is set while the signal asks for what cannot be had."""
-
-    target_w: float
-    budget_w: float
-    reason: str
+    reason: str = ""
     warning: str | None = None
 
 
-def step(
-    state: FollowState,
-    following: Following,
-    y: float,
-    now_s: float,
-    *,
-    measured_w: float | None,
-    occupied_w: float,
-    needed_w: float,
-) -> tuple[FollowState, FollowOutcome]:
+@dataclass(frozen=True, slots=True)
+class FleetWatts:
+    """What the fleet needs at its lowest caps, its charge in force with the reserve, and its mean draw since the last
+    call (None: not known), W at node level."""
+
+    needed_w: float
+    occupied_w: float
+    drawn_w: float | None
+
+
+def step(state: FollowState, following: Following, y: float, now_s: float, watts: FleetWatts) -> FollowState:
     """Move to the (smoothed) value `y` of the signal and correct the budget by what the fleet drew since the last step.
 
-    `measured_w` is the fleet's mean draw since the last step (None: not known, no correction), `occupied_w` its
-    charge in force plus the reserve, `needed_w` the least budget it can be held to; W at node level. The budget is at
-    most the ceiling, and above it only where `needed_w` is, with a warning.
+    Nothing is corrected where the draw is not known. The budget is at most the ceiling, and above it only where the
+    watts needed are, with a warning.
     """
+    needed_w, measured_w = watts.needed_w, watts.drawn_w
     asked_w = following.target_w(y)
     target_w, warning = asked_w, None
     if asked_w > following.ceiling_w:
@@ -87,8 +81,8 @@ def step(
         # leaves watts unused.
         if gap_w > 0 and state.budget_w >= most_w:
             held = ", held: the budget is at its ceiling"
-        elif gap_w > 0 and occupied_w < (1.0 - UNUSED_SHARE) * state.budget_w:
-            held = f", held: the fleet uses {occupied_w:.0f} W and wants no more"
+        elif gap_w > 0 and watts.occupied_w < (1.0 - UNUSED_SHARE) * state.budget_w:
+            held = f", held: the fleet uses {watts.occupied_w:.0f} W and wants no more"
         elif gap_w < 0 and state.budget_w <= needed_w:
             held = ", held: every cap is at its lowest"
         else:
@@ -102,4 +96,4 @@ def step(
     reason = f"signal {y:+.2f}: target {target_w:.0f} W, budget {budget_w:.0f} W ({note})"
     if warning is not None:
         reason = f"{reason}; {warning}"
-    return FollowState(trim_w, now_s, target_w, budget_w), FollowOutcome(target_w, budget_w, reason, warning)
+    return FollowState(trim_w, now_s, target_w, budget_w, reason, warning)

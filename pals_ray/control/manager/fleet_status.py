@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.messages import Beat, NodeGpu, ReplicaSpec, ReplicaView
@@ -52,7 +52,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class FleetFacts:
-    """What the status shows beside ledger and agents."""
+    """What the status shows beside ledger and agents, under the same names."""
 
     policy: str
     version: str
@@ -131,7 +131,7 @@ def fleet_status(
         if view.replica_id in members
     )
     holders = {uuid: view.replica_id for view in views for uuid in view.uuids}
-    rows = tuple(
+    gpus = tuple(
         GpuStatus(
             uuid=uuid,
             product=device.gpu.info.product,
@@ -144,34 +144,27 @@ def fleet_status(
         )
         for uuid, device in devices.items()
     )
+    beat_of_node = {member.spec.node_id: member.beat for member in members.values()}
     parked_w = sum(ledger.parked_charge_w(now_s).values())
     drawn_w = measured_w(ledger, devices)
     charge_w = parked_w + sum(view.charge_w for view in views)
     unenforced = ledger.unenforced(now_s)
-    notes = facts.notes + ((unenforced,) if unenforced else ())
+    facts = replace(facts, notes=facts.notes + ((unenforced,) if unenforced else ()))
     return FleetStatus(
+        **{part.name: getattr(facts, part.name) for part in fields(FleetFacts)},
         budget_w=ledger.budget_w,
-        source=facts.source,
         reserve_w=ledger.config.reserve_w,
         charge_w=charge_w,
         reserved_w=ledger.reserved_w(),
         parked_w=parked_w,
         measured_w=drawn_w,
-        unmanaged_w=sum(member.beat.unmanaged_w for member in _one_per_node(members) if member.beat),
+        unmanaged_w=sum(beat.unmanaged_w for beat in beat_of_node.values() if beat),
         stranded=_stranded(replicas, charge_w, drawn_w),
-        over_budget_w=facts.over_budget_w,
-        over_budget_s=facts.over_budget_s,
-        last_settle_s=facts.last_settle_s,
-        policy=facts.policy,
-        version=facts.version,
         epoch=ledger.epoch,
         enforced=unenforced is None and all(device.gpu.may_set for device in devices.values()),
-        time_scale=facts.time_scale,
         provenance=_provenance(devices.values()),
         replicas=replicas,
-        gpus=rows,
-        notes=notes,
-        qos=facts.qos,
+        gpus=gpus,
         qos_by_priority=by_priority(facts.qos),
     )
 
@@ -226,7 +219,3 @@ def _stranded(replicas: Sequence[ReplicaStatus], charge_w: float, drawn_w: float
 def _provenance(devices: Iterable[Device]) -> Provenance:
     modelled = any(device.gpu.info.provenance is Provenance.MODELLED for device in devices)
     return Provenance.MODELLED if modelled else Provenance.MEASURED
-
-
-def _one_per_node(members: Mapping[str, Member]) -> list[Member]:
-    return list({member.spec.node_id: member for member in members.values()}.values())

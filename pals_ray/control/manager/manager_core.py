@@ -12,7 +12,8 @@ from dataclasses import replace
 from pals_ray.control.allocation.measurement_holds import MeasurementHolds
 from pals_ray.control.allocation.policy_runner import PolicyRunner
 from pals_ray.control.allocation.policy_shares import serving, targets_tokens_per_s
-from pals_ray.control.budget.moving_budget import BudgetMover, BudgetPlan, FleetWatts
+from pals_ray.control.budget.moving_budget import BudgetMover, BudgetPlan
+from pals_ray.control.budget.signal_following import FleetWatts
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.manager import measurement
 from pals_ray.control.manager.agent_registry import AgentRegistry

@@ -7,31 +7,22 @@ from dataclasses import dataclass
 from pals_ray.control.allocation.measurement_holds import HOLD_LEASE_S, Hold, HoldRefused, MeasurementHolds
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.manager.agent_registry import AgentRegistry
-from pals_ray.control.manager.deployment import Deployment
-from pals_ray.control.snapshot import FleetSnapshot
-from pals_ray.types import OperatingPoint, Provenance
+from pals_ray.control.manager.deployment import DeployedModel, Deployment
+from pals_ray.control.snapshot import FleetSnapshot, ReplicaSnapshot
+from pals_ray.types import GpuInfo, OperatingPoint, Provenance
 
 
 @dataclass(frozen=True, slots=True)
 class MeasurementSubject:
-    """A replica that may be measured. Caps are W per GPU; `most_cap_w` is what the budget allows beside all others at
-    their lowest caps. `known_as` is the name by which tables may know its model, `time_scale` that of virtual GPUs, and
-    1 on real ones.
+    """A replica that may be measured. `most_cap_w`, W per GPU, is what the budget allows beside all others at their
+    lowest caps. `gpu` is its first GPU, `time_scale` that of virtual GPUs, and 1 on real ones.
     """
 
-    replica_id: str
-    known_as: str
-    gpu: str
-    num_gpus: int
-    tensor_parallel: int
-    expert_parallel: int
-    min_cap_w: float
+    replica: ReplicaSnapshot
+    deployed: DeployedModel
+    gpu: GpuInfo
     most_cap_w: float
-    max_cap_w: float
-    max_batch: int
     time_scale: float
-    provenance: Provenance
-    running: int
 
 
 def subject(
@@ -52,26 +43,17 @@ def subject(
             "over all of them: scale the model to one replica (num_replicas: 1) for the time of measuring"
         )
     (row,) = rows
-    deployed = deployment.models[model]
     gpu = registry.devices[registry.members[row.replica_id].spec.gpus[0]].gpu.info
     terms = ledger.terms(row.replica_id)
     room_w, where = holds.room_w(now, row.replica_id)
     if room_w < terms.least_charge_w:
         raise HoldRefused(f"{where} has no room for {row.replica_id} even at its lowest cap")
     return MeasurementSubject(
-        replica_id=row.replica_id,
-        known_as=deployed.known_as,
-        gpu=gpu.product,
-        num_gpus=row.num_gpus,
-        tensor_parallel=deployed.tensor_parallel,
-        expert_parallel=deployed.expert_parallel,
-        min_cap_w=terms.min_limit_w,
+        row,
+        deployment.models[model],
+        gpu,
         most_cap_w=terms.cap_w(min(room_w, terms.most_charge_w)),
-        max_cap_w=terms.max_limit_w,
-        max_batch=row.max_batch,
         time_scale=deployment.time_scale if gpu.provenance is Provenance.MODELLED else 1.0,
-        provenance=gpu.provenance,
-        running=row.telemetry.running + row.telemetry.waiting,
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pals_ray.control.replica.batch_choice import EPS, IntArray, batch_limits, implied_batch, pinned_column
+from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
 from pals_ray.control.replica.prediction import BUSY_SIGMAS, Surface
 from pals_ray.models.power_model import FloatArray
 from pals_ray.types import Target
@@ -55,30 +56,22 @@ class Candidates:
 
 
 def candidates(
-    on: Surface,
-    demand: float,
-    wanted: float,
-    target: Target,
-    *,
-    most_batch: float,
-    pin_batch_limit: int | None,
-    most_loss: float,
-    likely: float,
-    slowest_itl_s: float,
-    now_running: float,
+    on: Surface, demand: float, wanted: float, state: ControllerState, seen: Situation, config: ControllerConfig
 ) -> Candidates:
     """The candidates for a demand and what of it is wanted, tokens/s, with latencies as in busy moments.
 
-    `batch_limits` chooses each cap's batch limit, unless `pin_batch_limit` sets it. `likely` is the demand by which the
-    model explains the sequences that run, and tells how many are going to run. A p99 ITL above `slowest_itl_s`, with
-    the mean of what is going to run or with what runs now, lowers a cap's score, but no batch limit.
+    `batch_limits` chooses each cap's batch limit, unless the grant pins it. The part of the demand by which the model
+    explains the sequences that run tells how many are going to run. A p99 ITL above `_slowest_itl_s`, with the mean of
+    what is going to run or with what runs now, lowers a cap's score, but no batch limit.
     """
     caps = np.arange(len(on.cap_w))
-    if pin_batch_limit is None:
-        column = batch_limits(on, demand, wanted, target, most_batch=most_batch, most_loss=most_loss)
+    target = _planned(seen.target, config.planned_limit_share) if demand > 0 else Target()
+    if seen.pin_batch_limit is None:
+        most_batch = float(state.kv_limit or seen.max_batch)
+        column = batch_limits(on, demand, wanted, target, most_batch=most_batch, most_loss=config.most_capacity_loss)
     else:
-        column = np.full(len(caps), pinned_column(on, pin_batch_limit))
-    demand = min(likely, demand)
+        column = np.full(len(caps), pinned_column(on, seen.pin_batch_limit))
+    demand = min(demand * state.modelled_share, demand)
     run = np.minimum(implied_batch(on, demand), column)
     # Between two graph sizes lies the batch that just serves the demand: watts must not jump from size to size.
     before = np.maximum(run - 1, 0)
@@ -104,8 +97,9 @@ def candidates(
     if target.itl_p99_s is not None:
         score = score * target.itl_p99_s / np.maximum(itl_s, target.itl_p99_s)
     # No limit is at stake here, so the means count: a busy moment that may come is not paid for beforehand.
-    now = np.minimum(np.searchsorted(on.batch, now_running), column)
+    now = np.minimum(np.searchsorted(on.batch, seen.telemetry.running), column)
     mean_itl_s = between(on.itl_p99_s, before, run, part)
+    slowest_itl_s = _slowest_itl_s(seen, wanted, state.itl.factor)
     score = score * np.minimum(slowest_itl_s / np.maximum(mean_itl_s, on.itl_p99_s[caps, now]), 1.0)
     if target.ttft_p99_s is not None:
         # Once the batch is full, new requests wait for one to end.
@@ -121,3 +115,23 @@ def candidates(
         itl_p99_s=itl_s,
         ttft_p99_s=ttft_s,
     )
+
+
+def _planned(target: Target, share: float) -> Target:
+    """The target with the latency limits to plan for, which are a little tighter."""
+    ttft_s, itl_s = (limit_s and share * limit_s for limit_s in (target.ttft_p99_s, target.itl_p99_s))
+    return replace(target, ttft_p99_s=ttft_s, itl_p99_s=itl_s)
+
+
+def _slowest_itl_s(seen: Situation, wanted: float, factor: float) -> float:
+    """The highest p99 ITL that a cap may cause, s, where all demand is to be served and no ITL limit is given.
+
+    It is that of a full batch at the highest cap, which the engine was started for. Clients that wait for an answer
+    before they ask again send less to a slower replica, so without this each cut of the cap would justify the next.
+    `factor` is the feedback on the model's ITL.
+    """
+    target = seen.target
+    targeted = target.throughput_tokens_per_s is not None and wanted >= target.throughput_tokens_per_s
+    if target.itl_p99_s is not None or targeted or wanted == 0.0 or seen.model is None:
+        return np.inf
+    return factor * float(seen.model.predict(seen.terms.max_limit_w, seen.max_batch).itl_p99_s)

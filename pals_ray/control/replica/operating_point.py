@@ -18,7 +18,7 @@ from pals_ray.control.replica.demand_feedback import apply_feedback
 from pals_ray.control.replica.hysteresis import next_cap, with_hysteresis
 from pals_ray.control.replica.latency_feedback import with_reachable
 from pals_ray.control.replica.prediction import predict_at
-from pals_ray.types import Expected, OperatingPoint, Target
+from pals_ray.types import Expected, OperatingPoint
 
 DEFAULTS = ControllerConfig()
 
@@ -45,18 +45,7 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig = D
     here = int(np.searchsorted(axis, min(max(present_w, axis[0]), seen.ceiling_w)))
     raw = predict_at(seen.model, axis, np.array(graph_sizes(seen.max_batch), dtype=np.float64))
     state, on, demand, wanted = apply_feedback(state, seen, config, raw, here, dt_s)
-    found = candidates(
-        on,
-        demand,
-        wanted,
-        _planned(seen.target, config.planned_limit_share) if demand > 0 else Target(),
-        most_batch=float(state.kv_limit or seen.max_batch),
-        pin_batch_limit=seen.pin_batch_limit,
-        most_loss=config.most_capacity_loss,
-        likely=demand * state.modelled_share,
-        slowest_itl_s=_slowest_itl_s(seen, wanted, state.itl.factor),
-        now_running=seen.telemetry.running,
-    )
+    found = candidates(on, demand, wanted, state, seen, config)
     best = with_hysteresis(found, here, found.best(), wanted * (1.0 + config.hysteresis))
     if seen.pin_cap_w is not None:
         chosen, why = len(axis) - 1, "the grant pins the cap"
@@ -107,26 +96,6 @@ def _advanced(state: ControllerState, seen: Situation, config: ControllerConfig)
     dt_s = min(now_s - state.last_s, config.most_step_s)
     since_s = (state.queue_since_s if state.queue_since_s is not None else now_s) if seen.telemetry.waiting else None
     return replace(state, last_s=now_s, queue_since_s=since_s), dt_s
-
-
-def _planned(target: Target, share: float) -> Target:
-    """The target with the latency limits to plan for, which are a little tighter."""
-    ttft_s, itl_s = (limit_s and share * limit_s for limit_s in (target.ttft_p99_s, target.itl_p99_s))
-    return replace(target, ttft_p99_s=ttft_s, itl_p99_s=itl_s)
-
-
-def _slowest_itl_s(seen: Situation, wanted: float, factor: float) -> float:
-    """The highest p99 ITL that a cap may cause, s, where all demand is to be served and no ITL limit is given.
-
-    It is that of a full batch at the highest cap, which the engine was started for. Clients that wait for an answer
-    before they ask again send less to a slower replica, so without this each cut of the cap would justify the next.
-    `factor` is the feedback on the model's ITL.
-    """
-    target = seen.target
-    targeted = target.throughput_tokens_per_s is not None and wanted >= target.throughput_tokens_per_s
-    if target.itl_p99_s is not None or targeted or wanted == 0.0 or seen.model is None:
-        return np.inf
-    return factor * float(seen.model.predict(seen.terms.max_limit_w, seen.max_batch).itl_p99_s)
 
 
 def _decided(

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pals_ray.control.budget.moving_budget import ScheduledBudget
-from pals_ray.control.budget.schedule import Entry
+from pals_ray.control.budget.schedule import Entry, Schedule
 from pals_ray.control.telemetry import RATE_S
 from pals_ray.engine.control_block import ControlBlock
 from pals_ray.gpus.driver_choice import HardwareSpec
@@ -350,7 +349,7 @@ async def test_agents_look_at_latencies_for_as_long_as_replicas_serve_their_mode
 async def test_a_schedules_change_while_the_fleet_stops_does_not_keep_the_manager_busy(tmp_path, ray_less):
     core = (await deploy(tmp_path, ray_less, []))._core
     change_s = time.time() + 50.0
-    plan = ScheduledBudget((Entry(change_s, change_s + 60, 800.0),))
+    plan = Schedule((Entry(change_s, change_s + 60, 800.0),))
     core.follow(plan, 900.0, change_s - 0.05, 1000.0)
     core.move_budget(change_s - 0.05, 1000.0)
     assert core.wait_s(change_s - 0.05) == pytest.approx(0.05)

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pals_ray.control.budget.moving_budget import FollowedSignal, ScheduledBudget
+from pals_ray.control.budget.moving_budget import FollowedSignal
 from pals_ray.control.budget.regulation import synthetic_signal
-from pals_ray.control.budget.schedule import Entry
+from pals_ray.control.budget.schedule import Entry, Schedule
 from pals_ray.control.budget.signal_following import Following
 from pals_ray.control.snapshot import Overhead
 from pals_ray.errors import InfeasibleBudget
@@ -38,7 +38,7 @@ from .worlds import fleet_setting, poisson, served
 SETTLE_S = 0.1
 CUTS = {
     "budget_w": 800.0,
-    "plan": ScheduledBudget((Entry(20.0, 40.0, 420.0), Entry(55.0, 70.0, 300.0, ramp_s=5.0))),
+    "plan": Schedule((Entry(20.0, 40.0, 420.0), Entry(55.0, 70.0, 300.0, ramp_s=5.0))),
 }
 
 

@@ -134,4 +134,4 @@ def test_each_class_reports_its_value_and_bound():
     menus = MenuTable(np.array([[0.0, 50.0]] * 2), np.array([[0.0, 1.0], [0.25, 2.0]]))
     _, floor = plain(menus)
     classes = divide(menus, tree_of([60], [-1], [0, 0]), np.array([0, 7]), floor).classes
-    assert [(c.priority, c.value, c.bound) for c in classes] == [(0, 1.0, 1.0), (7, 0.25, 0.25)]
+    assert [(priority, c.value, c.bound) for priority, c in classes.items()] == [(0, 1.0, 1.0), (7, 0.25, 0.25)]

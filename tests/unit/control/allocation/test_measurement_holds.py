@@ -43,9 +43,8 @@ def test_a_hold_lapses_unless_it_is_renewed():
 
 def test_a_cap_that_the_budget_does_not_allow_is_refused_with_the_watts_needed():
     holds = MeasurementHolds()
-    with pytest.raises(HoldRefused, match="50 W more are needed") as refused:
+    with pytest.raises(HoldRefused, match=" 50 W more are needed"):
         holds.take(fleet(budget_w=550), "b", hold(300))
-    assert refused.value.short_w == 50
     assert holds.take(fleet(budget_w=550), "b", hold(250))
     with pytest.raises(HoldRefused):
         holds.take(fleet(budget_w=550), "a", hold(150, owner="other"))

@@ -4,17 +4,17 @@ import math
 
 import pytest
 
-from pals_ray.control.budget.moving_budget import BudgetMover, FleetWatts, FollowedSignal, ScheduledBudget
+from pals_ray.control.budget.moving_budget import BudgetMover, FollowedSignal
 from pals_ray.control.budget.regulation import RegulationError
-from pals_ray.control.budget.schedule import Entry
-from pals_ray.control.budget.signal_following import Following
+from pals_ray.control.budget.schedule import Entry, Schedule
+from pals_ray.control.budget.signal_following import FleetWatts, Following
 
 WALL_S, NOW_S = 1_800_000_000.0, 50.0
 ROOMY = FleetWatts(needed_w=400.0, occupied_w=1200.0, drawn_w=None)
 
 
 def scheduled(*entries, set_w=1200.0):
-    return BudgetMover(ScheduledBudget(entries), set_w, WALL_S, NOW_S)
+    return BudgetMover(Schedule(entries), set_w, WALL_S, NOW_S)
 
 
 def following(value=(1.0, 0.0, -1.0), *, started_s=WALL_S, wall_s=WALL_S, now_s=NOW_S, ceiling_w=1100.0, smooth_s=0.0):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pals_ray.control.budget.regulation import sample_means, score, synthetic_signal
-from pals_ray.control.budget.signal_following import Following, FollowState, step
+from pals_ray.control.budget.signal_following import FleetWatts, Following, FollowState, step
 
 FOLLOWING = Following(base_w=1000, range_w=150, ceiling_w=1250)
 
@@ -32,14 +32,12 @@ def follow(ys, fleet, following=FOLLOWING, feedback=True):
     state, rows, measured_w = FollowState(), [], None
     charge_w = fleet.charge_w(following.base_w)
     for second, y in enumerate(ys):
-        state, done = step(
+        state = done = step(
             state,
             following,
             y,
             float(second),
-            measured_w=measured_w if feedback else None,
-            occupied_w=charge_w,
-            needed_w=fleet.needed_w,
+            FleetWatts(fleet.needed_w, charge_w, measured_w if feedback else None),
         )
         before_w, charge_w = charge_w, fleet.charge_w(done.budget_w)
         measured_w = fleet.drawn_share * (0.3 * before_w + 0.7 * charge_w)  # a raise takes 0.3 s to arrive
@@ -107,28 +105,28 @@ def test_a_fleet_at_its_lowest_caps_does_not_wind_the_correction_down():
 
 def test_over_the_ceiling_the_signal_is_held_at_it_with_a_warning():
     following = Following(base_w=1000, range_w=150, ceiling_w=1100)
-    _, done = step(FollowState(), following, 1.0, 0.0, measured_w=None, occupied_w=1000, needed_w=400)
+    done = step(FollowState(), following, 1.0, 0.0, FleetWatts(400, 1000, None))
     assert (done.target_w, done.budget_w) == (1100, 1100)
     assert done.warning == "the signal asks for 1150 W, over the ceiling of 1100 W: held at that"
     assert done.warning in done.reason
 
 
 def test_under_the_lowest_caps_the_signal_is_held_with_the_watts_needed():
-    _, done = step(FollowState(), FOLLOWING, -1.0, 0.0, measured_w=None, occupied_w=1000, needed_w=900)
+    done = step(FollowState(), FOLLOWING, -1.0, 0.0, FleetWatts(900, 1000, None))
     assert (done.target_w, done.budget_w) == (900, 900)
     assert done.warning == "the signal asks for 850 W, but the fleet at its lowest caps needs 900 W: held at that"
 
 
 def test_a_ceiling_that_cannot_be_kept_is_said_to_be_so():
-    _, done = step(FollowState(), FOLLOWING, 0.0, 0.0, measured_w=None, occupied_w=1300, needed_w=1300)
+    done = step(FollowState(), FOLLOWING, 0.0, 0.0, FleetWatts(1300, 1300, None))
     assert done.budget_w == 1300
     assert done.warning.startswith("the ceiling of the followed signal asks for 1250 W, but the fleet at its lowest")
 
 
 def test_the_reason_says_signal_target_budget_and_correction():
-    state, done = step(FollowState(), FOLLOWING, 0.5, 0.0, measured_w=None, occupied_w=1000, needed_w=400)
+    state = done = step(FollowState(), FOLLOWING, 0.5, 0.0, FleetWatts(400, 1000, None))
     assert done.reason == "signal +0.50: target 1075 W, budget 1075 W (correction +0 W, nothing measured yet)"
-    _, done = step(state, FOLLOWING, 0.5, 1.0, measured_w=1050.0, occupied_w=1075, needed_w=400)
+    done = step(state, FOLLOWING, 0.5, 1.0, FleetWatts(400, 1075, 1050.0))
     assert done.reason == (
         "signal +0.50: target 1075 W, budget 1080 W (correction +5 W after a draw of 1050 W against 1075 W)"
     )
@@ -136,9 +134,9 @@ def test_the_reason_says_signal_target_budget_and_correction():
 
 def test_a_clock_that_goes_back_or_far_ahead_does_no_harm():
     state = FollowState(trim_w=10.0, step_s=100.0, target_w=1000.0, budget_w=1010.0)
-    back, _ = step(state, FOLLOWING, 0.0, 5.0, measured_w=900.0, occupied_w=1010, needed_w=400)
+    back = step(state, FOLLOWING, 0.0, 5.0, FleetWatts(400, 1010, 900.0))
     assert back.trim_w == 10
-    ahead, _ = step(state, FOLLOWING, 0.0, 1e6, measured_w=900.0, occupied_w=1010, needed_w=400)
+    ahead = step(state, FOLLOWING, 0.0, 1e6, FleetWatts(400, 1010, 900.0))
     assert ahead.trim_w == 110
 
 
@@ -161,7 +159,7 @@ def test_the_budget_is_never_above_the_ceiling_that_the_fleet_can_keep(steps, ba
     following = Following(base_w, range_w, ceiling_w)
     state = FollowState()
     for y, now_s, measured_w, occupied_w, needed_w in steps:
-        state, done = step(state, following, y, now_s, measured_w=measured_w, occupied_w=occupied_w, needed_w=needed_w)
+        state = done = step(state, following, y, now_s, FleetWatts(needed_w, occupied_w, measured_w))
         assert needed_w <= done.budget_w <= max(ceiling_w, needed_w)
         assert needed_w <= done.target_w <= max(ceiling_w, needed_w)
         assert (done.warning is not None) == (not needed_w <= base_w + range_w * y <= ceiling_w or ceiling_w < needed_w)

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from pals_ray.control.budget.moving_budget import FollowedSignal, ScheduledBudget
-from pals_ray.control.budget.schedule import Entry
+from pals_ray.control.budget.moving_budget import FollowedSignal
+from pals_ray.control.budget.schedule import Entry, Schedule
 from pals_ray.control.budget.signal_following import Following
 from pals_ray.control.messages import ManagedGpu, NodeInfo, NodeMemo, ReplicaMemo
 from pals_ray.gpus.driver_choice import HardwareSpec
@@ -44,7 +44,7 @@ STATE = ManagerState(
     config={"budget_w": 900, "models": [{"llm_config": {"a": None}}]},
     app="default",
     budget_w=900.5,
-    plan=ScheduledBudget((Entry(-math.inf, 1.5e9, 800.0, 60.0), Entry(1.6e9, math.inf, 700.5))),
+    plan=Schedule((Entry(-math.inf, 1.5e9, 800.0, 60.0), Entry(1.6e9, math.inf, 700.5))),
     targets={"m": Target(ttft_p99_s=1.5, priority=2)},
     nodes=(NodeMemo(NODE, True, (ReplicaMemo("m#1", 2, ("GPU-0", "GPU-1")),)),),
     agents={"m#1": SPEC},
