@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, field
 from enum import StrEnum
-from operator import add
+from operator import add, sub
 
 
 class Provenance(StrEnum):
@@ -52,17 +52,37 @@ class OperatingPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Slo:
+    """What is promised of a model's requests. Limits are s, None where there is none.
+
+    A request is good within `ttft_s` (time to first token) and `tpot_s` (time per output token: (last token - first
+    token) / (output tokens - 1)). Of those judged in `window_s` the share `attainment` is to be good. `itl_p99_s` limits
+    the gaps between tokens, of which at most 1 % in the window may be longer; it makes no request late.
+    """
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    attainment: float = 0.99
+    window_s: float = 300.0
+    itl_p99_s: float | None = None
+
+    @property
+    def judges(self) -> bool:
+        """Whether a request can be late at all."""
+        return self.ttft_s is not None or self.tpot_s is not None
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """What the operator wants from a model.
 
-    `throughput_tokens_per_s` is output tokens/s over all its replicas; None means all demand. Latency limits are
-    p99, s; None means no limit. A lower `priority` number is served first. `min_share` is the share of its target
-    that a model keeps while higher classes are short; `burst_floor_w` a least grant per replica, W.
+    `throughput_tokens_per_s` is output tokens/s over all its replicas; None means all demand. A lower `priority` number
+    is served first. `min_share` is the share of its target that a model keeps while higher classes are short;
+    `burst_floor_w` a least grant per replica, W.
     """
 
+    slo: Slo = field(default_factory=Slo)
     throughput_tokens_per_s: float | None = None
-    ttft_p99_s: float | None = None
-    itl_p99_s: float | None = None
     priority: int = 0
     min_share: float = 0.0
     burst_floor_w: float = 0.0
@@ -70,10 +90,45 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdicts:
+    """Requests judged so far, counted: the good ones with their output tokens, and the late ones by what made them so.
+
+    `late_failed` are those that failed by us. A request late by its TTFT is not judged by its TPOT any more.
+    """
+
+    good: int = 0
+    late_ttft: int = 0
+    late_tpot: int = 0
+    late_failed: int = 0
+    good_tokens: int = 0
+
+    @property
+    def late(self) -> int:
+        """All late requests."""
+        return self.late_ttft + self.late_tpot + self.late_failed
+
+    @property
+    def judged(self) -> int:
+        """All requests judged."""
+        return self.good + self.late
+
+    @property
+    def attainment(self) -> float | None:
+        """The share of good requests; None before any was judged."""
+        return self.good / self.judged if self.judged else None
+
+    def __add__(self, other: Verdicts) -> Verdicts:
+        return Verdicts(*map(add, astuple(self), astuple(other)))
+
+    def __sub__(self, other: Verdicts) -> Verdicts:
+        return Verdicts(*map(sub, astuple(self), astuple(other)))
+
+
+@dataclass(frozen=True, slots=True)
 class EngineTelemetry:
     """One reading of a replica's engine: counters since engine start and gauges now.
 
-    Histograms are cumulative counts over `LATENCY_EDGES_S` (one more count than edges: the last is overflow).
+    `arrived` requests have come in, `verdicts` are those judged (`pals_ray.control.slo`). Histograms are cumulative counts over `LATENCY_EDGES_S` (one more count than edges: the last is overflow).
     `steps` and `late_steps` come from the paced worker of a virtual GPU (0 on real ones); `modelled_s` and `wall_s`
     are the summed modelled and real durations of those steps.
     """
@@ -88,7 +143,10 @@ class EngineTelemetry:
     preemptions: int
     batch_limit: int
     max_batch: int
+    arrived: int
+    verdicts: Verdicts
     ttft_counts: tuple[int, ...]
+    tpot_counts: tuple[int, ...]
     itl_counts: tuple[int, ...]
     steps: int = 0
     late_steps: int = 0
@@ -134,8 +192,9 @@ class ReplicaTelemetry:
     """What an agent saw of its replica over its last window: rates, latencies, power. W are GPU watts of the group.
 
     `running` and `waiting` are now; `running_mean` and `running_least` are over the window that rates are taken over.
-    `arriving_tokens_per_s` is what requests that came in over the longer window ask for, at the mean output of those
-    finished so far; 0 before any has.
+    `arriving_per_s` are requests that came in over that window, and `arriving_long_per_s` over the longer one.
+    `prompt_tokens` and `output_tokens` are those of the mean request finished so far; 0 before any has. `verdicts` are
+    since engine start.
     """
 
     running: int = 0
@@ -145,11 +204,16 @@ class ReplicaTelemetry:
     kv_use: float = 0.0
     throughput_tokens_per_s: float = 0.0
     prompt_tokens_per_s: float = 0.0
-    arriving_tokens_per_s: float = 0.0
+    arriving_per_s: float = 0.0
+    arriving_long_per_s: float = 0.0
+    prompt_tokens: float = 0.0
+    output_tokens: float = 0.0
     power_w: float = 0.0
     energy_j: float = 0.0
     tokens: int = 0
+    verdicts: Verdicts = field(default_factory=Verdicts)
     ttft: Latency = field(default_factory=Latency)
+    tpot: Latency = field(default_factory=Latency)
     itl: Latency = field(default_factory=Latency)
     late_share: float = 0.0
     modelled_over_wall: float = 1.0
@@ -244,41 +308,26 @@ class BudgetSource:
 
 
 @dataclass(frozen=True, slots=True)
-class QosTotals:
-    """Intervals judged (only active ones are), violations by cause (one interval may have several), misses."""
+class SloStatus:
+    """What status and metrics show of a model, or of a priority class (`model` None, and no `slo`).
 
-    intervals: int = 0
-    violations: int = 0
-    throughput: int = 0
-    ttft: int = 0
-    itl: int = 0
-    requests: int = 0
-    requests_late: float = 0.0
-    tokens: int = 0
-    tokens_late: float = 0.0
-
-    def __add__(self, other: QosTotals) -> QosTotals:
-        return QosTotals(*map(add, astuple(self), astuple(other)))
-
-
-@dataclass(frozen=True, slots=True)
-class QosStatus:
-    """What status and metrics show of a model, or of a priority class (`model` None). Shares are of judged intervals;
-    `ttft_miss_share` of requests, `itl_miss_share` of tokens; None where there was none.
+    `recent` are the requests judged in the SLO's window, `total` those since the start. `allowed` is how many of the
+    recent ones may be late, and `error_budget_left` the share of those that are not: below 0 once there are more (None
+    where no request can be late). `itl_over_share` is the share of token gaps in the window above `slo.itl_p99_s`.
+    `under_target_share` is the share of intervals with work waiting at every look in which tokens/s were under the
+    target, since the start. Shares are None where there was nothing to judge.
     """
 
     model: str | None
     priority: int
+    slo: Slo | None
+    recent: Verdicts
+    total: Verdicts
+    allowed: float
+    error_budget_left: float | None
+    itl_over_share: float | None
+    under_target_share: float | None
     intervals: int
-    violations: int
-    violation_share: float | None
-    throughput_violations: int
-    ttft_violations: int
-    itl_violations: int
-    ttft_miss_share: float | None
-    itl_miss_share: float | None
-    latest: str
-    totals: QosTotals
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,8 +336,8 @@ class FleetStatus:
 
     `over_budget_w` and `over_budget_s` count measured draw above the budget: the worst excess and the time, since the
     manager started. `last_settle_s` is how long the last budget cut took until every cap was in force. `time_scale`
-    is that of the virtual GPUs; None with real ones. `qos` holds the violations and misses of each model,
-    `qos_by_priority` of each class, since the manager started.
+    is that of the virtual GPUs; None with real ones. `slos` says how each model keeps its SLO, `slos_by_priority` each
+    class.
     """
 
     budget_w: float
@@ -312,8 +361,8 @@ class FleetStatus:
     replicas: tuple[ReplicaStatus, ...]
     gpus: tuple[GpuStatus, ...]
     notes: tuple[str, ...]
-    qos: tuple[QosStatus, ...] = ()
-    qos_by_priority: tuple[QosStatus, ...] = ()
+    slos: tuple[SloStatus, ...] = ()
+    slos_by_priority: tuple[SloStatus, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,68 +1,138 @@
-"""Quality of service: violations of targets, and misses per request, per model and priority class.
+"""Service-level objectives: the verdict on each request, and how a model keeps its SLO and its tokens/s target.
 
-Pure and incremental. The agent turns engine telemetry into a few counts (`tally_of`) that travel with its beat. The
-manager takes the counts of a model's replicas in on its own beat (`observe`), and `status_of` and `by_priority` say
-what status and metrics show of a model and of a priority class.
-
-Latencies in the histogram bucket that a limit falls into count as spread evenly over the bucket, as in `quantile_s`.
-So an interval's misses exceed 1 % exactly where its p99 exceeds the limit, and a count of misses may be a fraction.
+Pure. A `RequestJudge` stands beside one engine, real or simulated, and judges each request as soon as its verdict is
+certain. Its counts travel with the agent's beat as a `Tally`; the manager takes those of a model's replicas in on its
+own beat (`observe`), and `status_of` and `by_priority` say what status and metrics show.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
 
-from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry, QosStatus, QosTotals, Target
+from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry, Slo, SloStatus, Target, Verdicts
+
+#: With fewer judged requests in the window one may be late.
+FEW_REQUESTS = 100
+#: Share of token gaps that may be longer than `Slo.itl_p99_s`.
+LONG_GAPS = 0.01
+#: A tokens/s target is judged in intervals of so many s (PALS), which end up to `SLACK_S` early, and not if they took
+#: more than `MOST_INTERVAL_S` (nobody looked meanwhile). An interval with work waiting at every look is under target
+#: below `SERVED` of it.
+INTERVAL_S = 5.0
+SLACK_S = 0.25
+MOST_INTERVAL_S = 10.0
+SERVED = 0.95
+#: A window moves in so many steps.
+_STEPS = 60
 
 
-@dataclass(frozen=True, slots=True)
-class QosConfig:
-    """What counts as a violation: intervals of `interval_s`, tokens/s under `served` of the target while requests
-    waited at both ends, more than `late` of the latencies over their limit, and at least one.
+class RequestJudge:
+    """Judges one engine's requests; times are s of any one clock. `verdicts` counts those judged so far.
 
-    An interval ends at the first observation at most `slack_s` before its time; one that lasted over `most_s` (nobody
-    looked meanwhile) is not judged.
+    `ttft_limit_s` and `tpot_limit_s` (inf: none) may change at any time, and hold for verdicts from then on. A request
+    that is judged is forgotten: what is told of it afterwards changes nothing.
     """
 
-    interval_s: float = 5.0
-    slack_s: float = 0.25
-    most_s: float = 10.0
-    served: float = 0.98
-    late: float = 0.01
+    def __init__(self, ttft_limit_s: float = inf, tpot_limit_s: float = inf) -> None:
+        self.ttft_limit_s = ttft_limit_s
+        self.tpot_limit_s = tpot_limit_s
+        self.good = self.late_ttft = self.late_tpot = self.late_failed = self.good_tokens = 0
+        # By request, in the order of arrival: when it came. And when its first token came.
+        self._waiting: dict[Hashable, float] = {}
+        self._first_s: dict[Hashable, float] = {}
+
+    @property
+    def verdicts(self) -> Verdicts:
+        """The counts so far."""
+        return Verdicts(self.good, self.late_ttft, self.late_tpot, self.late_failed, self.good_tokens)
+
+    def arrived(self, request: Hashable, arrival_s: float) -> None:
+        """A request has come in."""
+        self._waiting[request] = arrival_s
+
+    def look(self, now_s: float) -> None:
+        """Judge the requests that have waited longer than the TTFT limit: they are late whatever comes."""
+        limit_s, waiting = self.ttft_limit_s, self._waiting
+        while waiting:
+            request = next(iter(waiting))
+            if now_s - waiting[request] <= limit_s:
+                return
+            del waiting[request]
+            self.late_ttft += 1
+
+    def first_token(self, request: Hashable, now_s: float) -> None:
+        """Its first token has come."""
+        arrival_s = self._waiting.pop(request, None)
+        if arrival_s is None:
+            return
+        if now_s - arrival_s > self.ttft_limit_s:
+            self.late_ttft += 1
+        else:
+            self._first_s[request] = now_s
+
+    def ended(self, request: Hashable, last_token_s: float, output_tokens: int) -> None:
+        """It has ended as it should, after so many tokens. One without a token, or with one, is judged by TTFT alone."""
+        self.first_token(request, last_token_s)
+        first_s = self._first_s.pop(request, None)
+        if first_s is None:
+            return
+        if self._slow(first_s, last_token_s, output_tokens):
+            self.late_tpot += 1
+        else:
+            self.good += 1
+            self.good_tokens += output_tokens
+
+    def aborted(self, request: Hashable, now_s: float, output_tokens: int) -> None:
+        """Its client has gone: it is late if a limit is broken already, and else not judged."""
+        arrival_s, first_s = self._waiting.pop(request, None), self._first_s.pop(request, None)
+        if arrival_s is not None and now_s - arrival_s > self.ttft_limit_s:
+            self.late_ttft += 1
+        elif first_s is not None and self._slow(first_s, now_s, output_tokens):
+            self.late_tpot += 1
+
+    def failed(self, request: Hashable) -> None:
+        """It ends without an answer, by our fault."""
+        waited, decoded = self._waiting.pop(request, None), self._first_s.pop(request, None)
+        self.late_failed += waited is not None or decoded is not None
+
+    def _slow(self, first_s: float, last_s: float, output_tokens: int) -> bool:
+        return output_tokens > 1 and (last_s - first_s) / (output_tokens - 1) > self.tpot_limit_s
+
+
+def allowed_late(judged: int, attainment: float) -> float:
+    """How many of so many judged requests may be late: the share that the SLO leaves, and one of a few."""
+    allowed = (1.0 - attainment) * judged
+    return max(allowed, 1.0) if judged < FEW_REQUESTS else allowed
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """One replica's engine in the few numbers that QoS needs: gauges, and counts since engine start.
+    """One replica's engine in the few numbers that SLOs need: counts since engine start, and how many requests wait.
 
-    `arrived` requests are those finished or in the engine. `ttft_late` are the TTFTs over `ttft_limit_s` (None: no
-    limit, and none is late), of `ttft` in all; `itl...` alike.
+    Of `gaps` between tokens `gaps_over` were longer than `gap_limit_s` (None: no limit).
     """
 
-    time_s: float
-    running: int
-    waiting: int
+    verdicts: Verdicts
     tokens: int
-    finished: int
-    ttft: int
-    ttft_late: float
-    ttft_limit_s: float | None
-    itl: int
-    itl_late: float
-    itl_limit_s: float | None
+    waiting: int
+    gaps: int
+    gaps_over: float
+    gap_limit_s: float | None
 
-    @property
-    def arrived(self) -> int:
-        """Requests that have ever come in."""
-        return self.finished + self.running + self.waiting
+    def follows(self, first: Tally) -> bool:
+        """Whether it may be compared with an earlier one: by the same engine, against the same limit."""
+        grown = self.tokens >= first.tokens and self.gaps >= first.gaps and self.verdicts.judged >= first.verdicts.judged
+        return grown and self.gap_limit_s == first.gap_limit_s
 
 
-def late_count(counts: Sequence[int], limit_s: float | None) -> float:
-    """How many latencies of a histogram over `LATENCY_EDGES_S` exceed a limit, s; see the module for its bucket.
+def over_count(counts: Sequence[int], limit_s: float | None) -> float:
+    """How many latencies of a histogram over `LATENCY_EDGES_S` exceed a limit, s.
 
-    Those in the overflow bucket exceed every limit.
+    Those in the bucket that the limit falls into count as spread evenly over it, as in `telemetry.quantile_s`; those in
+    the overflow bucket exceed every limit.
     """
     if limit_s is None:
         return 0.0
@@ -73,148 +143,126 @@ def late_count(counts: Sequence[int], limit_s: float | None) -> float:
     return float(sum(counts[at + 1 :])) + counts[at] * (upper_s - limit_s) / (upper_s - lower_s)
 
 
-def tally_of(engine: EngineTelemetry, target: Target) -> Tally:
-    """The tally of one reading, against the limits of its model's target."""
-    return Tally(
-        time_s=engine.time_s,
-        running=engine.running,
-        waiting=engine.waiting,
-        tokens=engine.generation_tokens,
-        finished=engine.requests_finished,
-        ttft=sum(engine.ttft_counts),
-        ttft_late=late_count(engine.ttft_counts, target.ttft_p99_s),
-        ttft_limit_s=target.ttft_p99_s,
-        itl=sum(engine.itl_counts),
-        itl_late=late_count(engine.itl_counts, target.itl_p99_s),
-        itl_limit_s=target.itl_p99_s,
-    )
+def tally_of(engine: EngineTelemetry, slo: Slo) -> Tally:
+    """The tally of one reading."""
+    gaps = sum(engine.itl_counts)
+    over = over_count(engine.itl_counts, slo.itl_p99_s)
+    return Tally(engine.verdicts, engine.generation_tokens, engine.waiting, gaps, over, slo.itl_p99_s)
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether an interval was a violation, and by what."""
+class Step:
+    """What was judged in one step of the window, which began at `since_s`."""
 
-    throughput: bool
-    ttft: bool
-    itl: bool
-    reason: str
-
-    @property
-    def violation(self) -> bool:
-        """Whether any of the three was."""
-        return self.throughput or self.ttft or self.itl
+    since_s: float
+    verdicts: Verdicts = field(default_factory=Verdicts)
+    gaps: int = 0
+    gaps_over: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class QosState:
-    """One model's account. `opened` and `last` are tallies by replica at the interval's start and at the last look."""
+class SloState:
+    """One model's account, of bounded size; times are s of the observer's clock.
 
+    `steps` are those of the window, oldest first. `last` holds the tallies by replica at the last look, `opened` those
+    at the start of the present interval of the tokens/s target, `waited` whether work has waited at every look since.
+    """
+
+    steps: tuple[Step, ...] = ()
+    total: Verdicts = field(default_factory=Verdicts)
+    last: Mapping[str, Tally] = field(default_factory=dict)
     opened_s: float | None = None
     opened: Mapping[str, Tally] = field(default_factory=dict)
-    last: Mapping[str, Tally] = field(default_factory=dict)
-    active: bool = False
-    totals: QosTotals = field(default_factory=QosTotals)
-    latest: Verdict | None = None
+    waited: bool = False
+    intervals: int = 0
+    under_target: int = 0
 
 
-def observe(
-    state: QosState, now_s: float, tallies: Mapping[str, Tally], target: Target, config: QosConfig | None = None
-) -> QosState:
-    """Take the replicas' present tallies in, and judge the interval where it is over.
-
-    A replica counts in an interval that it was seen at both ends of, by one engine and against one pair of limits. A
-    clock that went back begins a new interval.
-    """
-    config = config if config is not None else QosConfig()
-    active = state.active or any(_active(tally, state.last.get(name)) for name, tally in tallies.items())
-    if state.opened_s is None or now_s < state.opened_s:
-        return QosState(now_s, dict(tallies), dict(tallies), _has_requests(tallies), state.totals, state.latest)
-    if now_s - state.opened_s < config.interval_s - config.slack_s:
-        return QosState(state.opened_s, state.opened, dict(tallies), active, state.totals, state.latest)
-    judged = _judge(now_s - state.opened_s, state.opened, tallies, target, config) if active else None
-    totals, verdict = (state.totals + judged[0], judged[1]) if judged else (state.totals, state.latest)
-    return QosState(now_s, dict(tallies), dict(tallies), _has_requests(tallies), totals, verdict)
+def observe(state: SloState, now_s: float, tallies: Mapping[str, Tally], target: Target) -> SloState:
+    """Take the replicas' present tallies in. A replica counts from its second tally on."""
+    state = _judged(state, now_s, tallies, target.slo.window_s)
+    return replace(_throughput(state, now_s, tallies, target.throughput_tokens_per_s), last=dict(tallies))
 
 
-def _has_requests(tallies: Mapping[str, Tally]) -> bool:
-    return any(tally.running + tally.waiting > 0 for tally in tallies.values())
+def _judged(state: SloState, now_s: float, tallies: Mapping[str, Tally], window_s: float) -> SloState:
+    """Add what was judged since the last look to the window."""
+    verdicts, gaps, gaps_over = Verdicts(), 0, 0.0
+    for first, last in _pairs(state.last, tallies):
+        verdicts += last.verdicts - first.verdicts
+        gaps += last.gaps - first.gaps
+        gaps_over += last.gaps_over - first.gaps_over
+    steps = [step for step in state.steps if now_s - window_s < step.since_s <= now_s]
+    if not steps or now_s - steps[-1].since_s >= window_s / _STEPS:
+        steps.append(Step(now_s))
+    at = steps[-1]
+    steps[-1] = Step(at.since_s, at.verdicts + verdicts, at.gaps + gaps, at.gaps_over + gaps_over)
+    return replace(state, steps=tuple(steps), total=state.total + verdicts)
 
 
-def _active(now: Tally, before: Tally | None) -> bool:
-    """A request is there, or came and went since the last look."""
-    return now.running + now.waiting > 0 or (before is not None and now.finished > before.finished)
+def _throughput(state: SloState, now_s: float, tallies: Mapping[str, Tally], target: float | None) -> SloState:
+    """Judge an interval of the tokens/s target where it is over."""
+    waits = any(tally.waiting > 0 for tally in tallies.values())
+    begun = replace(state, opened_s=now_s, opened=dict(tallies), waited=waits)
+    if state.opened_s is None or now_s < state.opened_s or target is None:
+        return begun
+    waited, passed_s = state.waited and waits, now_s - state.opened_s
+    if passed_s < INTERVAL_S - SLACK_S:
+        return replace(state, waited=waited)
+    if passed_s > MOST_INTERVAL_S:
+        return begun
+    served = sum(last.tokens - first.tokens for first, last in _pairs(state.opened, tallies)) / passed_s
+    under = waited and served < SERVED * target
+    return replace(begun, intervals=state.intervals + 1, under_target=state.under_target + under)
 
 
-def _comparable(first: Tally, last: Tally) -> bool:
-    """Not so after the engine began anew, or a limit was changed."""
-    same_limits = (first.ttft_limit_s, first.itl_limit_s) == (last.ttft_limit_s, last.itl_limit_s)
-    return same_limits and last.tokens >= first.tokens and last.finished >= first.finished and last.ttft >= first.ttft
+def _pairs(before: Mapping[str, Tally], now: Mapping[str, Tally]) -> list[tuple[Tally, Tally]]:
+    pairs = [(before[name], tally) for name, tally in now.items() if name in before]
+    return [(first, last) for first, last in pairs if last.follows(first)]
 
 
-def _judge(
-    duration_s: float, opened: Mapping[str, Tally], closed: Mapping[str, Tally], target: Target, config: QosConfig
-) -> tuple[QosTotals, Verdict] | None:
-    """What one interval counts, over all replicas seen at both ends, and whether it was a violation as ARCHITECTURE.md
-    defines it; None where there was nothing to judge. A model without a target tokens/s is to serve what arrives."""
-    pairs = [(opened[name], last) for name, last in closed.items() if name in opened]
-    pairs = [(first, last) for first, last in pairs if _comparable(first, last)]
-    if not pairs or not 0 < duration_s <= config.most_s:
-        return None
-    wanted, finished = target.throughput_tokens_per_s, sum(last.finished for _, last in pairs)
-    if wanted is None and finished:
-        # Tokens of requests that still run are counted too; on average those are half done.
-        outputs = finished + sum(last.running for _, last in pairs) / 2
-        arrived = sum(last.arrived - first.arrived for first, last in pairs)
-        wanted = max(arrived, 0) * (sum(last.tokens for _, last in pairs) / outputs) / duration_s
-    served = sum(last.tokens - first.tokens for first, last in pairs) / duration_s
-    waited = any(first.waiting > 0 for first, _ in pairs) and any(last.waiting > 0 for _, last in pairs)
-    short = waited and wanted is not None and served < config.served * wanted
-    words = [f"{served:.4g} of {wanted:.4g} tokens/s while requests waited"] if short else []
-    ttft, itl = sum(last.ttft - first.ttft for first, last in pairs), sum(last.itl - first.itl for first, last in pairs)
-    ttft_late = sum(last.ttft_late - first.ttft_late for first, last in pairs)
-    itl_late = sum(last.itl_late - first.itl_late for first, last in pairs)
-    slow_ttft, slow_itl = (
-        limit_s is not None and late >= 1.0 and late > config.late * total
-        for limit_s, late, total in ((target.ttft_p99_s, ttft_late, ttft), (target.itl_p99_s, itl_late, itl))
-    )
-    if slow_ttft:
-        words.append(f"{ttft_late:.0f} of {ttft} TTFTs over {target.ttft_p99_s:g} s")
-    if slow_itl:
-        words.append(f"{itl_late:.0f} of {itl} inter-token latencies over {target.itl_p99_s:g} s")
-    verdict = Verdict(short, slow_ttft, slow_itl, "; ".join(words) or "no violation")
-    causes = int(verdict.violation), int(short), int(slow_ttft), int(slow_itl)
-    return QosTotals(1, *causes, ttft, ttft_late, itl, itl_late), verdict
-
-
-def status_of(model: str, target: Target, state: QosState) -> QosStatus:
-    """One model's QoS since its account began."""
-    latest = state.latest.reason if state.latest is not None else "no interval judged yet"
-    return _status(model, target.priority, state.totals, latest)
-
-
-def by_priority(statuses: Iterable[QosStatus]) -> tuple[QosStatus, ...]:
-    """The same per priority class, first class first."""
-    totals: dict[int, QosTotals] = {}
-    for status in statuses:
-        totals[status.priority] = totals.get(status.priority, QosTotals()) + status.totals
-    return tuple(_status(None, priority, totals[priority], "") for priority in sorted(totals))
-
-
-def _status(model: str | None, priority: int, totals: QosTotals, latest: str) -> QosStatus:
-    def share(part: float, whole: int) -> float | None:
-        return part / whole if whole else None
-
-    return QosStatus(
+def status_of(model: str, target: Target, state: SloState) -> SloStatus:
+    """How one model keeps its targets."""
+    recent = sum((step.verdicts for step in state.steps), Verdicts())
+    gaps = sum(step.gaps for step in state.steps)
+    over = sum(step.gaps_over for step in state.steps)
+    allowed = allowed_late(recent.judged, target.slo.attainment)
+    return SloStatus(
         model=model,
+        priority=target.priority,
+        slo=target.slo,
+        recent=recent,
+        total=state.total,
+        allowed=allowed,
+        error_budget_left=1.0 - recent.late / allowed if target.slo.judges else None,
+        itl_over_share=over / gaps if gaps and target.slo.itl_p99_s is not None else None,
+        under_target_share=state.under_target / state.intervals if state.intervals else None,
+        intervals=state.intervals,
+    )
+
+
+def by_priority(statuses: Iterable[SloStatus]) -> tuple[SloStatus, ...]:
+    """The same of each priority class, first class first: its models' requests together, each model's own allowance."""
+    classes: dict[int, list[SloStatus]] = {}
+    for status in statuses:
+        classes.setdefault(status.priority, []).append(status)
+    return tuple(_together(priority, classes[priority]) for priority in sorted(classes))
+
+
+def _together(priority: int, models: Sequence[SloStatus]) -> SloStatus:
+    recent = sum((status.recent for status in models), Verdicts())
+    allowed = sum(status.allowed for status in models)
+    intervals = sum(status.intervals for status in models)
+    under = sum((status.under_target_share or 0.0) * status.intervals for status in models)
+    judges = any(status.error_budget_left is not None for status in models)
+    return SloStatus(
+        model=None,
         priority=priority,
-        intervals=totals.intervals,
-        violations=totals.violations,
-        violation_share=share(totals.violations, totals.intervals),
-        throughput_violations=totals.throughput,
-        ttft_violations=totals.ttft,
-        itl_violations=totals.itl,
-        ttft_miss_share=share(totals.requests_late, totals.requests),
-        itl_miss_share=share(totals.tokens_late, totals.tokens),
-        latest=latest,
-        totals=totals,
+        slo=None,
+        recent=recent,
+        total=sum((status.total for status in models), Verdicts()),
+        allowed=allowed,
+        error_budget_left=1.0 - recent.late / allowed if judges else None,
+        itl_over_share=None,
+        under_target_share=under / intervals if intervals else None,
+        intervals=intervals,
     )
