@@ -180,11 +180,10 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Percentiles of a latency over a window, s; None where nothing completed. `recent_p99_s` is over a shorter one."""
+    """Percentiles of a latency over a window, s; None where nothing completed."""
 
     p50_s: float | None = None
     p99_s: float | None = None
-    recent_p99_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,11 +240,9 @@ class Expected:
     demand_tokens_per_s: float
     wanted_tokens_per_s: float
     capacity_tokens_per_s: float
-    served_share: float
+    attainment: float
     running: float
     node_w: float
-    itl_p99_s: float
-    ttft_p99_s: float
 
 
 @dataclass(frozen=True, slots=True)

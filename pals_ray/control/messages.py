@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.slo import Tally
-from pals_ray.control.snapshot import Overhead, ReplicaCharges, TailFactors
+from pals_ray.control.snapshot import Arrivals, Overhead, ReplicaCharges
 from pals_ray.errors import PalsError
 from pals_ray.models.correction import Correction
 from pals_ray.models.lookup import LoadedModel
@@ -269,8 +269,8 @@ class Beat:
 
     `power_w` holds the mean draw since the beat before of every managed GPU that this agent reads: its own, and the
     parked ones it keeps. `natural_draw_w` is the group's, measured or predicted. `expected` is what the point in force
-    was chosen on, `correction` what telemetry says of the model, `tails` what of its latencies, `tally` what QoS is
-    judged by (None before its engine runs).
+    was chosen on, `correction` what telemetry says of the model, `arrivals` what comes (None: not known yet), `tally`
+    what SLOs are judged by (None before its engine runs).
     """
 
     report: AgentReport
@@ -282,10 +282,9 @@ class Beat:
     reason: str
     natural_draw_w: float | None
     errors: Mapping[str, str]
-    demand_tokens_per_s: float | None = None
+    arrivals: Arrivals | None = None
     expected: Expected | None = None
     correction: Correction = field(default_factory=Correction)
-    tails: TailFactors = field(default_factory=TailFactors)
     tally: Tally | None = None
 
 
@@ -294,12 +293,11 @@ class Answer:
     """The manager's answer to whatever an agent says.
 
     `fail_safe_w` is the cap to go to when a lease ends, W; None for the device's lowest. `target` is the model's, with
-    this replica's part of its tokens/s; `serving` is how many replicas the model has. `model` comes with the answer to
-    a hello alone (None there: nothing predicts the replica).
+    this replica's part of its tokens/s. `model` comes with the answer to a hello alone (None there: nothing predicts
+    the replica).
     """
 
     reply: Reply
     fail_safe_w: float | None
     target: Target = field(default_factory=Target)
-    serving: int = 1
     model: LoadedModel | None = None

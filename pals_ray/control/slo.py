@@ -12,7 +12,14 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry, Slo, SloStatus, Target, Verdicts
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 #: With fewer judged requests in the window one may be late.
 FEW_REQUESTS = 100
@@ -266,3 +273,18 @@ def _together(priority: int, models: Sequence[SloStatus]) -> SloStatus:
         under_target_share=under / intervals if intervals else None,
         intervals=intervals,
     )
+
+
+def good_requests(
+    arrival_s: FloatArray, first_s: FloatArray, last_s: FloatArray, output_tokens: IntArray, slo: Slo, now_s: float
+) -> tuple[BoolArray, BoolArray]:
+    """(n,) each: which of these requests are good by now, and which are late: the verdicts of `RequestJudge` in arrays.
+
+    `first_s` and `last_s` are nan before the first and the last token, `output_tokens` those of the whole answer.
+    """
+    ttft_s = np.where(np.isnan(first_s), now_s, first_s) - arrival_s
+    late = ttft_s > (slo.ttft_s or inf)
+    done = np.isfinite(last_s)
+    tpot_s = np.where(done & (output_tokens > 1), last_s - first_s, 0.0) / np.maximum(output_tokens - 1, 1)
+    late |= done & (tpot_s > (slo.tpot_s or inf))
+    return done & ~late, late

@@ -40,11 +40,22 @@ class Domain:
 
 
 @dataclass(frozen=True, slots=True)
-class TailFactors:
-    """What to multiply predicted p99 latencies of busy moments with, so that plans within the limits keep them."""
+class Arrivals:
+    """What comes to a replica: requests/s, output tokens of the mean one, and the peakedness: variance over mean of the
+    number that would run if none had to wait for another (1: Poisson).
 
-    itl: float = 1.0
-    ttft: float = 1.0
+    `strain` is what SLO feedback makes of it: a replica plans for so many times as much.
+    """
+
+    per_s: float
+    output_tokens: float
+    peakedness: float = 1.0
+    strain: float = 1.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens/s that they ask for."""
+        return self.per_s * self.output_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +85,7 @@ class ReplicaSnapshot(ReplicaCharges):
 
     `least_charge_w` and `most_charge_w` are its charge with every GPU at the device's lowest and highest limit (the
     clock floor's draw included). `natural_draw_w` is GPU watts of the whole group at its present batch if nothing
-    capped it, measured or predicted; None before anything is known. `demand_tokens_per_s` is what arrives for it,
-    `tails` what its agent makes of predicted latencies.
+    capped it, measured or predicted; `arrivals` is what comes to it; both None before anything is known.
     """
 
     model: str
@@ -84,9 +94,13 @@ class ReplicaSnapshot(ReplicaCharges):
     target: Target = field(default_factory=Target)
     telemetry: ReplicaTelemetry = field(default_factory=ReplicaTelemetry)
     natural_draw_w: float | None = None
-    demand_tokens_per_s: float | None = None
-    tails: TailFactors = field(default_factory=TailFactors)
+    arrivals: Arrivals | None = None
     parked: bool = False
+
+    @property
+    def demand_tokens_per_s(self) -> float | None:
+        """Output tokens/s that arrivals ask for; None before they are known."""
+        return self.arrivals and self.arrivals.tokens_per_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,23 +51,18 @@ def _quantile_s(sums: Sequence[int], q: float) -> float | None:
     return lower + (LATENCY_EDGES_S[at] - lower) * (q * total - below) / (sums[at] - below)
 
 
-def _latency(last: Sequence[int], recent: Sequence[int], first: Sequence[int]) -> Latency:
-    """From a histogram's counts now, at the start of the short window and of the long one."""
+def _latency(last: Sequence[int], first: Sequence[int]) -> Latency:
+    """From a histogram's counts now and at the start of the window."""
     if last is first or last == first:
         return Latency()
     sums = list(accumulate(map(sub, last, first)))
-    newest = None if last is recent or last == recent else _quantile_s(list(accumulate(map(sub, last, recent))), 0.99)
-    return Latency(_quantile_s(sums, 0.5), _quantile_s(sums, 0.99), newest)
+    return Latency(_quantile_s(sums, 0.5), _quantile_s(sums, 0.99))
 
 
-def _arriving_tokens_per_s(first: EngineTelemetry, last: EngineTelemetry) -> float:
-    """What requests that came in between two readings ask for; those that still run count as half done."""
+def _per_s(first: EngineTelemetry, last: EngineTelemetry) -> float:
+    """Requests/s that came in between two readings."""
     passed_s = last.time_s - first.time_s
-    if passed_s <= 0.0 or last.requests_finished == 0:
-        return 0.0
-    came, before = (e.requests_finished + e.running + e.waiting for e in (last, first))
-    mean_output = last.generation_tokens / (last.requests_finished + last.running / 2)
-    return max(came - before, 0) * mean_output / passed_s
+    return (last.arrived - first.arrived) / passed_s if passed_s > 0.0 else 0.0
 
 
 def between(first: Reading, last: Reading) -> ReplicaTelemetry:
@@ -80,13 +75,11 @@ def between(first: Reading, last: Reading) -> ReplicaTelemetry:
 
 
 class TelemetryWindow:
-    """The recent readings of one replica. Rates and power are over `rate_s`, latencies over `latency_s`, those called
-    recent over `recent_s` (`rate_s` unless set), at most `latency_s`."""
+    """The recent readings of one replica. Rates and power are over `rate_s`, latencies over `latency_s`."""
 
     def __init__(self, rate_s: float = RATE_S, latency_s: float = LATENCY_S) -> None:
         self._rate_s = rate_s
         self._latency_s = latency_s
-        self.recent_s = rate_s
         self._readings: deque[Reading] = deque()
         self._summary: ReplicaTelemetry | None = ReplicaTelemetry()
 
@@ -117,11 +110,11 @@ class TelemetryWindow:
         if last.engine is None:
             return ReplicaTelemetry(power_w=power_w, energy_j=last.energy_j, binding_share=binding)
         now, before = last.engine, first.engine or self._engine_since(first.time_s)
-        recent_from = self._engine_since(last.time_s - self.recent_s)
         oldest = self._engine_since(last.time_s - self._latency_s)
         span_s = max(elapsed_s, 1e-9)
         steps, wall_s = now.steps - before.steps, now.wall_s - before.wall_s
         ran = [reading.engine.running for reading in recent if reading.engine is not None]
+        ended = now.requests_finished
         return ReplicaTelemetry(
             running=now.running,
             waiting=now.waiting,
@@ -130,12 +123,18 @@ class TelemetryWindow:
             kv_use=now.kv_use,
             throughput_tokens_per_s=(now.generation_tokens - before.generation_tokens) / span_s,
             prompt_tokens_per_s=(now.prompt_tokens - before.prompt_tokens) / span_s,
-            arriving_tokens_per_s=_arriving_tokens_per_s(oldest, now),
+            arriving_per_s=_per_s(before, now),
+            arriving_long_per_s=_per_s(oldest, now),
+            # Those that still run have computed their prompts, and are half done on average.
+            prompt_tokens=now.prompt_tokens / (ended + now.running) if ended else 0.0,
+            output_tokens=now.generation_tokens / (ended + now.running / 2) if ended else 0.0,
             power_w=power_w,
             energy_j=last.energy_j,
             tokens=now.generation_tokens,
-            ttft=_latency(now.ttft_counts, recent_from.ttft_counts, oldest.ttft_counts),
-            itl=_latency(now.itl_counts, recent_from.itl_counts, oldest.itl_counts),
+            verdicts=now.verdicts,
+            ttft=_latency(now.ttft_counts, oldest.ttft_counts),
+            tpot=_latency(now.tpot_counts, oldest.tpot_counts),
+            itl=_latency(now.itl_counts, oldest.itl_counts),
             late_share=(now.late_steps - before.late_steps) / steps if steps else 0.0,
             modelled_over_wall=(now.modelled_s - before.modelled_s) / wall_s if wall_s > 0 else 1.0,
             binding_share=binding,

@@ -40,7 +40,7 @@ class Agent:
         self._events = events
         self._say = say
         self._cap_moved = cap_moved
-        controller = ReplicaController(placed.spec.num_gpus, placed.model.largest_prompt, setting.controller)
+        controller = ReplicaController(placed.spec.num_gpus, setting.controller)
         controller.take_model(model.surface, model.source)
         self._core = AgentCore(placed.spec.replica_id, placed.node.name, placed.spec.num_gpus, controller)
         self._do(self._core.claimed(self.spec.gpus, self._engine.max_batch, 0.0), 0.0)

@@ -1,4 +1,4 @@
-"""What is recorded during a run: samples of every replica, violations, and how the budget is kept."""
+"""What is recorded during a run: samples of every replica, SLOs, and how the budget is kept."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pals_ray.control.charge import EPS_W
-from pals_ray.control.slo import QosState, observe, tally_of
+from pals_ray.control.slo import SloState, observe, tally_of
 from pals_ray.simulation.engine.scheduler import Engine
-from pals_ray.simulation.results.run_result import Cut, QosInterval
+from pals_ray.simulation.results.run_result import Cut
 from pals_ray.types import Target
 
-#: How often violations are counted, s.
-QOS_LOOK_S = 1.0
+#: How often the requests judged are counted, s.
+SLO_LOOK_S = 1.0
 
 
 class Samples:
@@ -56,24 +56,20 @@ class Samples:
 
 
 @dataclass(slots=True)
-class ModelQos:
-    """Counts the violations of one model."""
+class ModelAccount:
+    """How one model keeps its SLO and its tokens/s target, as its manager would see it."""
 
     target: Target
     engines: Mapping[str, Engine]
-    state: QosState = field(default_factory=QosState)
-    intervals: list[QosInterval] = field(default_factory=list)
+    state: SloState = field(default_factory=SloState)
 
     def look(self, now_s: float) -> None:
-        """Read the engines' latencies, and judge the interval if it is over."""
+        """Take in what the engines have judged."""
         tallies = {}
         for name, engine in self.engines.items():
             engine.advance(now_s)
-            tallies[name] = tally_of(engine.telemetry(now_s), self.target)
-        judged = self.state.totals.intervals
+            tallies[name] = tally_of(engine.telemetry(now_s), self.target.slo)
         self.state = observe(self.state, now_s, tallies, self.target)
-        if self.state.totals.intervals > judged and self.state.latest is not None:
-            self.intervals.append(QosInterval(now_s, self.state.latest))
 
 
 class BudgetRecord:

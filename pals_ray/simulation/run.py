@@ -22,7 +22,7 @@ from pals_ray.simulation.budget import BudgetSource, budget_at_start_w
 from pals_ray.simulation.clock import Events, Network
 from pals_ray.simulation.fleet import Fleet, Placed, build, node_info
 from pals_ray.simulation.manager import Manager
-from pals_ray.simulation.recorder import QOS_LOOK_S, BudgetRecord, ModelQos, Samples
+from pals_ray.simulation.recorder import SLO_LOOK_S, BudgetRecord, ModelAccount, Samples
 from pals_ray.simulation.setting import (
     AgentSilent,
     Failure,
@@ -51,8 +51,8 @@ class Run:
         )
         self.targets_w: list[float] = []
         self.charges_w: list[float] = []
-        self.qos = {
-            model.name: ModelQos(
+        self.accounts = {
+            model.name: ModelAccount(
                 model.target, {p.spec.replica_id: p.engine for p in self.fleet.placed if p.model.name == model.name}
             )
             for model in setting.fleet.models
@@ -75,7 +75,7 @@ class Run:
         for failure in setting.failures:
             self._plan(failure)
         self.events.at(setting.interval_s, self._sample)
-        self.events.at(QOS_LOOK_S, self._look)
+        self.events.at(SLO_LOOK_S, self._look)
         self._until(setting.duration_s)
         for placed in self.fleet.placed:
             placed.engine.read(setting.duration_s)
@@ -138,9 +138,9 @@ class Run:
         self.events.at((self.samples.taken + 1) * self.setting.interval_s, self._sample)
 
     def _look(self, now_s: float) -> None:
-        for account in self.qos.values():
+        for account in self.accounts.values():
             account.look(now_s)
-        self.events.at(now_s + QOS_LOOK_S, self._look)
+        self.events.at(now_s + SLO_LOOK_S, self._look)
 
     # -- failures --------------------------------------------------------------------------------------------------
 

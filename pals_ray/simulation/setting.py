@@ -34,7 +34,7 @@ class SimModel:
     `max_batch` is vLLM's `max_num_seqs`, `step_tokens` its `max_num_batched_tokens`, `kv_tokens` how many tokens the
     KV cache of one replica holds (None: what weights leave of the GPUs' memory). `workload` is what the controllers'
     model of it assumes of requests, `belief` that model itself (None: the roofline, which is the true physics but for
-    queueing and dies); `largest_prompt` as in `controller_state.Situation`. With `fixed` its replicas
+    queueing and dies). With `fixed` its replicas
     stay at that point from first to last, and neither agent nor manager touches them.
     """
 
@@ -48,7 +48,6 @@ class SimModel:
     workload: Workload = field(default_factory=Workload)
     target: Target = field(default_factory=Target)
     belief: PowerModel | None = None
-    largest_prompt: float = 1.0
     fixed: OperatingPoint | None = None
 
     @cached_property

@@ -56,14 +56,13 @@ def collect(run: Run) -> RunResult:
 
 
 def _model(run: Run, name: str) -> ModelResult:
-    log, account = run.fleet.logs[name], run.qos[name]
+    log, account = run.fleet.logs[name], run.accounts[name]
     return ModelResult(
         name=name,
         target=account.target,
         requests=log.outcomes(),
         itl_counts=np.array(log.itl_counts, dtype=np.int64),
-        qos=account.state,
-        intervals=tuple(account.intervals),
+        slo=account.state,
     )
 
 

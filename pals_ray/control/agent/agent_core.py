@@ -133,11 +133,10 @@ class AgentCore:
             reason=self.reason,
             natural_draw_w=self.natural_draw_w,
             errors=errors or {},
-            demand_tokens_per_s=controller.demand_tokens_per_s,
+            arrivals=controller.arrivals,
             expected=controller.expected,
             correction=controller.correction,
-            tails=controller.tails,
-            tally=tally_of(engine, controller.target) if engine else None,
+            tally=tally_of(engine, controller.target.slo) if engine else None,
         )
 
     # -- events ------------------------------------------------------------------------------------------------------
@@ -180,8 +179,7 @@ class AgentCore:
         if reply.session > self.session:
             self.session, self._number = reply.session, 0
         self._fail_safe_w = answer.fail_safe_w
-        self.controller.target, self.controller.serving = answer.target, answer.serving
-        self.window.recent_s = self.controller.recent_s
+        self.controller.target = answer.target
         self.terms = reply.terms or self.terms
         tasks = []
         if reply.park is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,11 +20,10 @@ from pals_ray.control.allocation.replica_menu import (
     replica_menu,
 )
 from pals_ray.control.replica.prediction import MENU_CAPS, predict_range
+from pals_ray.control.slo import SERVED
 from pals_ray.control.snapshot import FleetSnapshot, ReplicaSnapshot, Share
 from pals_ray.models.power_model import PowerModel
 
-#: A replica with requests waiting is in violation below this share of its target.
-SERVED = 0.98
 #: A violation is repaired by a raise of at least this share of the present grant.
 LEAST_RAISE = 0.01
 #: A budget that moved forces a new division if it leaves more than this share of itself free, or fell by more.
@@ -94,21 +92,10 @@ def targets_tokens_per_s(snapshot: FleetSnapshot) -> dict[str, float | None]:
     return parts
 
 
-def serving(snapshot: FleetSnapshot) -> dict[str, int]:
-    """By replica, how many replicas serve its model: parked ones do not."""
-    counts = Counter(r.model for r in snapshot.replicas if not r.parked)
-    return {r.replica_id: max(counts[r.model], 1) for r in snapshot.replicas}
-
-
 def violating(replica: ReplicaSnapshot, wanted_tokens_per_s: float) -> bool:
-    """Whether its last window was a violation: requests wait under 0.98 of the target, or a p99 is over its limit."""
-    seen, target = replica.telemetry, replica.target
-    short = seen.waiting > 0 and seen.throughput_tokens_per_s < SERVED * wanted_tokens_per_s
-    late = any(
-        limit_s is not None and seen_s is not None and seen_s > limit_s
-        for limit_s, seen_s in ((target.ttft_p99_s, seen.ttft.p99_s), (target.itl_p99_s, seen.itl.p99_s))
-    )
-    return short or (late and seen.running + seen.waiting > 0)
+    """Whether it served less than was wanted in its last window while requests waited."""
+    seen = replica.telemetry
+    return seen.waiting > 0 and seen.throughput_tokens_per_s < SERVED * wanted_tokens_per_s
 
 
 def best_shares(

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pals_ray.control.replica.batch_choice import best_batch, implied_batch, pinned_column, served_share
-from pals_ray.control.replica.demand_feedback import demand_with_queue_tokens_per_s
-from pals_ray.control.replica.prediction import BUSY_SIGMAS, Surface, latency_score
-from pals_ray.control.snapshot import ReplicaSnapshot, TailFactors
+from pals_ray.control.replica.attainment import attained
+from pals_ray.control.replica.batch_choice import batch_limits, pinned_column
+from pals_ray.control.replica.prediction import Surface
+from pals_ray.control.snapshot import Arrivals, ReplicaSnapshot
 from pals_ray.models.power_model import FloatArray
 
 #: A grant is at most the natural draw x (1 + HEADROOM); a replica whose cap binds there may ask for STEP of its range.
@@ -17,6 +17,8 @@ HEADROOM = 0.1
 STEP = 0.05
 #: Share of samples with the cap binding from which on it counts as binding.
 BINDING = 0.5
+#: What a late token is worth beside a good one: of two points with the same good ones the one that serves more counts.
+VALUE_PER_TOKEN = 1e-3
 #: What a watt costs, so that of two points that serve the same the cheaper is worth more.
 VALUE_PER_W = 1e-6
 
@@ -26,7 +28,7 @@ class ReplicaMenu:
     """A replica's points by rising charge, (C,) each.
 
     `extra_w` is whole watts above the least charge, `value` as in ARCHITECTURE.md's Words, `share` the predicted
-    served / wanted (latency misses taken off), at `cap_w` and `batch_limit`. `floor` is the point of the least grant
+    part of what is wanted that is good, 1 where the SLO is kept, at `cap_w` and `batch_limit`. `floor` is the point of the least grant
     (minimum share, TTFT, burst floor), `most_extra_w` what may be granted, `wanted_tokens_per_s` what share 1 means.
     """
 
@@ -45,20 +47,20 @@ def replica_menu(
 ) -> ReplicaMenu:
     """The menu of a replica whose part of its model's target is `target_tokens_per_s` (None: all its demand).
 
-    The batch is the least that serves the demand (Little's law), or a smaller one where that is worth more under the
-    latency limits; with `pin_batch_limit` only what the demand makes of that limit.
+    Each point has the batch limit that the agent would choose there, or `pin_batch_limit`.
     """
-    arriving = np.inf if replica.demand_tokens_per_s is None else replica.demand_tokens_per_s
-    demand = 0.0 if replica.parked else demand_with_queue_tokens_per_s(arriving, replica.telemetry, on)
-    wanted = min(demand, np.inf if target_tokens_per_s is None else target_tokens_per_s)
-    wanted = float(on.capacity_tokens_per_s[-1].max()) if np.isinf(wanted) else wanted
-    share = served_share(on, wanted, latency_score(replica.target, _planned(on, demand, replica.tails)))
+    slo, caps = replica.target.slo, np.arange(len(on.cap_w))
     if pin_batch_limit is None:
-        chosen = best_batch(on, demand, wanted, share, may_wait=replica.target.ttft_p99_s is None)
+        chosen = batch_limits(on, slo, replica.max_batch)
     else:
-        chosen = np.minimum(implied_batch(on, demand), pinned_column(on, pin_batch_limit))
-    caps = np.arange(len(on.cap_w))
-    share, power_w, honours = share[caps, chosen], on.power_w[caps, chosen], on.honours_cap[caps, chosen]
+        chosen = np.full(len(caps), pinned_column(on, pin_batch_limit))
+    capacity, honours = on.capacity_tokens_per_s[caps, chosen], on.honours_cap[caps, chosen]
+    arrivals = _arrivals(replica, float(capacity.max()))
+    wanted = min(arrivals.tokens_per_s, np.inf if target_tokens_per_s is None else target_tokens_per_s)
+    part = wanted / max(arrivals.tokens_per_s, 1e-9)
+    found = attained(on, chosen, replace(arrivals, per_s=part * arrivals.per_s), slo)
+    share = np.minimum(found.good_share / (slo.attainment if slo.judges else 1.0), 1.0) if wanted > 0 else np.ones(len(caps))
+    power_w = found.power_w
 
     gpu_w = np.where(honours, replica.num_gpus * on.cap_w, np.maximum(replica.num_gpus * on.cap_w, power_w))
     charge_w = (1 + replica.overhead.b) * gpu_w + replica.overhead.charge_w(0.0, replica.num_gpus, replica.node_gpus)
@@ -73,25 +75,30 @@ def replica_menu(
     # Below the clock floor's draw a cap is charged less than the replica draws, at other replicas' expense. There the
     # value counts only in proportion to the charge, or the lowest cap would always seem best. A replica that one
     # sequence at a time keeps only partly busy draws that much for only a part of the time.
-    busy = min(demand / max(float(on.capacity_tokens_per_s[0, 0]), 1e-9), 1.0)
+    busy = min(arrivals.tokens_per_s / max(float(on.capacity_tokens_per_s[0, 0]), 1e-9), 1.0)
     paid = np.ones_like(share)
     paid[0] = 1.0 - busy * (1.0 - replica.least_charge_w / max(float(charge_w[0]), replica.least_charge_w))
-    value = replica.target.weight * share * paid - VALUE_PER_W * (replica.least_charge_w + extra_w)
-    floor = _floor(replica, on, share[kept], extra_w[kept], demand > 0)
+    served = np.minimum(capacity, wanted)
+    value = replica.target.weight * (share * wanted + VALUE_PER_TOKEN * served) * paid
+    value = value - VALUE_PER_W * (replica.least_charge_w + extra_w)
+    floor = _floor(replica, share[kept], extra_w[kept], wanted > 0)
     return ReplicaMenu(
         extra_w[kept], value[kept], share[kept], on.cap_w[kept], on.batch[chosen][kept], floor, most_extra_w, wanted
     )
 
 
-def _planned(on: Surface, demand: float, tails: TailFactors) -> Surface:
-    """A surface with the latencies that the agent plans with, its feedback included.
+def _arrivals(replica: ReplicaSnapshot, most_tokens_per_s: float) -> Arrivals:
+    """What comes, and with it those that wait: within the time that those running, half done on average, still take.
 
-    Where a batch serves the demand they are those of busy moments, and where it does not, those of the full batch.
+    Before it is known as much as the replica can serve is taken to come.
     """
-    busy = np.minimum(np.searchsorted(on.batch, on.batch + BUSY_SIGMAS * np.sqrt(on.batch)), len(on.batch) - 1)
-    column = np.where(on.capacity_tokens_per_s >= demand, busy, np.arange(len(on.batch)))
-    itl_s, ttft_s = (np.take_along_axis(values, column, axis=1) for values in (on.itl_p99_s, on.ttft_p99_s))
-    return replace(on, itl_p99_s=tails.itl * itl_s, ttft_p99_s=tails.ttft * ttft_s)
+    if replica.parked:
+        return Arrivals(0.0, 1.0)
+    if replica.arrivals is None:
+        return Arrivals(most_tokens_per_s, 1.0)
+    seen = replica.telemetry
+    queue = 1.0 + 2.0 * seen.waiting / max(seen.running, 1)
+    return replace(replica.arrivals, per_s=queue * replica.arrivals.per_s)
 
 
 def most_charge_w(replica: ReplicaSnapshot, natural_draw_w: float) -> float:
@@ -108,12 +115,10 @@ def most_charge_w(replica: ReplicaSnapshot, natural_draw_w: float) -> float:
     return min(charge_w, replica.most_charge_w)
 
 
-def _floor(replica: ReplicaSnapshot, on: Surface, share: FloatArray, extra_w: FloatArray, has_demand: bool) -> int:
-    """The first point that gives the burst floor and, with demand, the minimum share and a TTFT that can be met."""
+def _floor(replica: ReplicaSnapshot, share: FloatArray, extra_w: FloatArray, has_demand: bool) -> int:
+    """The first point that gives the burst floor and, with demand, the minimum share."""
     wished = [np.flatnonzero(extra_w >= min(replica.target.burst_floor_w - replica.least_charge_w, extra_w[-1]))]
     if has_demand:
         wished.append(np.flatnonzero(share >= min(replica.target.min_share, share.max())))
-        if replica.target.ttft_p99_s is not None:
-            wished.append(np.flatnonzero((on.ttft_p99_s <= replica.target.ttft_p99_s).any(axis=1)))
     last = len(extra_w) - 1
     return 0 if replica.parked else min(max((int(points[0]) for points in wished if len(points)), default=0), last)

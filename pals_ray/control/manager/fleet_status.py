@@ -8,14 +8,14 @@ from dataclasses import dataclass, fields, replace
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.messages import Beat, NodeGpu, ReplicaSpec, ReplicaView
 from pals_ray.control.slo import by_priority
-from pals_ray.control.snapshot import FleetSnapshot, ReplicaCharges, ReplicaSnapshot, TailFactors
+from pals_ray.control.snapshot import FleetSnapshot, ReplicaCharges, ReplicaSnapshot
 from pals_ray.models.lookup import LoadedModel
 from pals_ray.types import (
     BudgetSource,
     FleetStatus,
     GpuStatus,
     Provenance,
-    QosStatus,
+    SloStatus,
     ReplicaStatus,
     ReplicaTelemetry,
     Stranded,
@@ -62,7 +62,7 @@ class FleetFacts:
     over_budget_s: float
     last_settle_s: float | None
     notes: tuple[str, ...]
-    qos: tuple[QosStatus, ...] = ()
+    slos: tuple[SloStatus, ...] = ()
 
 
 def fleet_snapshot(
@@ -83,8 +83,7 @@ def fleet_snapshot(
                     target=targets.get(spec.model, Target()),
                     telemetry=member.telemetry,
                     natural_draw_w=beat.natural_draw_w if beat else None,
-                    demand_tokens_per_s=beat.demand_tokens_per_s if beat else None,
-                    tails=beat.tails if beat else TailFactors(),
+                    arrivals=beat.arrivals if beat else None,
                 )
             )
     return ledger.snapshot(replicas, now_s)
@@ -165,7 +164,7 @@ def fleet_status(
         provenance=_provenance(devices.values()),
         replicas=replicas,
         gpus=gpus,
-        qos_by_priority=by_priority(facts.qos),
+        slos_by_priority=by_priority(facts.slos),
     )
 
 
@@ -193,7 +192,7 @@ def _replica_status(
         reason=beat.reason if beat else "starting",
         grant_reason=view.reason,
         provenance=_provenance(devices[uuid] for uuid in view.uuids if uuid in devices),
-        demand_tokens_per_s=beat.demand_tokens_per_s if beat else None,
+        demand_tokens_per_s=beat.arrivals.tokens_per_s if beat and beat.arrivals else None,
         predicted_by=member.model.source if member.model else None,
         correction=(beat.correction.throughput, beat.correction.power) if beat else (1.0, 1.0),
         expected=beat.expected if beat else None,

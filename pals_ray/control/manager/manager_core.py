@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from pals_ray.control.allocation.measurement_holds import MeasurementHolds
 from pals_ray.control.allocation.policy_runner import PolicyRunner
-from pals_ray.control.allocation.policy_shares import serving, targets_tokens_per_s
+from pals_ray.control.allocation.policy_shares import targets_tokens_per_s
 from pals_ray.control.budget.moving_budget import BudgetMover, BudgetPlan
 from pals_ray.control.budget.signal_following import FleetWatts
 from pals_ray.control.ledger.ledger import Ledger
@@ -62,7 +62,6 @@ class ManagerCore:
         self._mover: BudgetMover | None = None
         self._moved: BudgetSource | None = None
         self._parts_tokens_per_s: Mapping[str, float | None] = {}
-        self._serving: Mapping[str, int] = {}
         self._raising = False
 
     # -- what is deployed --------------------------------------------------------------------------------------------
@@ -219,7 +218,7 @@ class ManagerCore:
         target = self.targets.get(member.spec.model, Target()) if member else Target()
         part = self._parts_tokens_per_s.get(replica_id, target.throughput_tokens_per_s)
         target = replace(target, throughput_tokens_per_s=part)
-        return Answer(reply, self.deployment.fail_safe_cap_w, target, self._serving.get(replica_id, 1))
+        return Answer(reply, self.deployment.fail_safe_cap_w, target)
 
     def _released(self, now_s: float) -> tuple[Command, ...]:
         writes = self._write_ledger()
@@ -239,7 +238,7 @@ class ManagerCore:
         if self.stopping or self._runner is None:
             return ()
         snapshot = self.snapshot(now_s)
-        self._parts_tokens_per_s, self._serving = targets_tokens_per_s(snapshot), serving(snapshot)
+        self._parts_tokens_per_s = targets_tokens_per_s(snapshot)
         shares = self._runner.shares(snapshot, self.registry.models, self._holds)
         self.divisions += shares is not None
         return self._send(self.ledger.plan(shares, now_s))

@@ -1,4 +1,4 @@
-"""How a replica's batch limit is chosen: from demand, latency limits and KV cache, among the engine's graph sizes."""
+"""How a replica's batch limit is chosen: from TPOT, KV cache and the engine's graph sizes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
-from pals_ray.control.replica.prediction import Surface, latency_score
-from pals_ray.models.power_model import FloatArray
-from pals_ray.types import Target
+from pals_ray.control.replica.prediction import Surface
+from pals_ray.types import Slo
 
 IntArray = NDArray[np.intp]
 
 #: Shares nearer than this are the same.
 EPS = 1e-9
-#: The limit leaves room for so many standard deviations more sequences than demand needs on average. A larger limit
-#: hardly raises the ITL, while every sequence above the limit has to wait.
-ROOM_SIGMAS = 4.0
+#: The largest share of capacity that a larger batch may lose against a smaller one.
+MOST_CAPACITY_LOSS = 0.03
 
 
 @lru_cache(maxsize=256)
@@ -39,61 +37,23 @@ def snap(batch: float, max_batch: int) -> int:
     return sizes[max(bisect_right(sizes, batch) - 1, 0)]
 
 
-def implied_batch(on: Surface, demand: float) -> IntArray:
-    """(C,): the column of the batch that a demand, tokens/s, implies at each cap (Little's law).
-
-    That is the smallest batch that serves it, or the largest there is where none does.
-    """
-    reaches = on.capacity_tokens_per_s >= demand
-    return np.where(reaches.any(axis=1), reaches.argmax(axis=1), len(on.batch) - 1)
-
-
 def pinned_column(on: Surface, batch_limit: int) -> int:
     """The column of the largest batch that a pinned limit allows."""
     return max(int(np.searchsorted(on.batch, batch_limit, side="right")) - 1, 0)
 
 
-def served_share(on: Surface, wanted: float, score: FloatArray) -> FloatArray:
-    """(C, B): the share of what is `wanted`, tokens/s, that each point serves, times its latency score."""
-    served = np.minimum(on.capacity_tokens_per_s, wanted)
-    share = served / wanted if wanted > 0 else np.ones_like(served)
-    return share * score
+def batch_limits(on: Surface, slo: Slo, most_batch: float) -> IntArray:
+    """(C,): the column of the batch limit at each cap: as large as TPOT, ITL and memory allow (`most_batch`).
 
-
-def best_batch(on: Surface, demand: float, wanted: float, share: FloatArray, *, may_wait: bool = True) -> IntArray:
-    """(C,): the column of the batch with the best share (C, B; see `served_share`) at each cap.
-
-    That is the batch which the demand implies, or a smaller one where the latency limits make it worth more. It is
-    never so small that requests wait which are wanted and could be served: they would miss more than an ITL. Of an
-    overload, requests are kept waiting only if they `may_wait`, for those miss their TTFT. Rates are tokens/s.
+    tokens/J rise with the batch, and who is kept out misses the TTFT. So the limit is the largest batch at which those
+    that run keep TPOT and ITL; and the largest there is where even one sequence alone does not keep them. It is not
+    where capacity has fallen below that of a smaller batch.
     """
-    implied = implied_batch(on, demand)
-    enough = on.capacity_tokens_per_s >= min(wanted, demand)
-    least = np.where(enough.any(axis=1), enough.argmax(axis=1), 0 if may_wait else implied)
-    column = np.arange(len(on.batch))
-    usable = (column <= implied[:, None]) & (column >= least[:, None])
-    return np.asarray(np.where(usable, share, -1.0).argmax(axis=1))
-
-
-def batch_limits(
-    on: Surface, demand: float, wanted: float, target: Target, *, most_batch: float, most_loss: float
-) -> IntArray:
-    """(C,): the column of the batch limit at each cap; `demand` and what of it is `wanted` in tokens/s.
-
-    The limit is the largest batch within the ITL limit, but not above `most_batch` (KV pressure), not where capacity
-    has fallen by more than the share `most_loss` below that of a smaller batch, and not so low that what is wanted
-    would wait. A TTFT limit does not lower it: a request that is kept out waits even longer.
-    """
-    share = served_share(on, wanted, latency_score(replace(target, ttft_p99_s=None), on))
     capacity = on.capacity_tokens_per_s
-    fit = (capacity >= (1.0 - most_loss) * np.maximum.accumulate(capacity, axis=1)) & (on.batch <= max(most_batch, 1.0))
-    column = _last(fit & (share >= np.where(fit, share, -1.0).max(axis=1, keepdims=True) - EPS))
-    enough = capacity >= min(demand, wanted)
-    need = on.batch[enough.argmax(axis=1)]
-    room = np.searchsorted(on.batch, need + ROOM_SIGMAS * np.sqrt(need))
-    # In an overload those who are kept out miss the TTFT, and a smaller batch makes the queue last even longer.
-    overloaded = column if target.ttft_p99_s is None else _last(fit)
-    return np.where(enough.any(axis=1), np.minimum(np.maximum(column, room), _last(fit)), overloaded)
+    fit = capacity >= (1.0 - MOST_CAPACITY_LOSS) * np.maximum.accumulate(capacity, axis=1)
+    fit &= on.batch <= max(most_batch, 1.0)
+    kept = fit & (on.batch <= (slo.tpot_s or np.inf) * capacity) & (on.itl_p99_s <= (slo.itl_p99_s or np.inf))
+    return np.where(kept.any(axis=1), _last(kept), _last(fit))
 
 
 def _last(chosen: NDArray[np.bool_]) -> IntArray:

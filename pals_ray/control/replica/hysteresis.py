@@ -9,15 +9,14 @@ from pals_ray.control.replica.candidates import Candidates
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
 
 
-def with_hysteresis(found: Candidates, here: int, best: int, enough_tokens_per_s: float) -> int:
-    """The best candidate, but a cap below the present one only if it serves `enough_tokens_per_s`.
+def with_hysteresis(found: Candidates, here: int, best: int) -> int:
+    """The best candidate, but a cap below the present one only if it does for a little more demand.
 
-    That is a little more than what is wanted: otherwise noise would move the cap down and up again.
+    Otherwise noise would move the cap down and up again.
     """
     if best >= here or found.score[best] < 1.0 - EPS:
         return best
-    enough = (found.capacity_tokens_per_s >= enough_tokens_per_s) & (found.score >= 1.0 - EPS)
-    lower = np.flatnonzero(enough[:here])
+    lower = np.flatnonzero(found.firm[:here] >= 1.0 - EPS)
     return int(lower[found.power_w[lower].argmin()]) if len(lower) else here
 
 
@@ -27,7 +26,7 @@ def next_cap(
     """The candidate to take next on the way from `here` to `best`, within dwell and slew, and why."""
     gain = found.score[best] - found.score[here]
     saving = 1.0 - found.power_w[best] / max(found.power_w[here], EPS)
-    resting = best < here and state.demand_tokens_per_s == 0.0
+    resting = best < here and state.demand.per_s == 0.0
     if best == here or (gain < config.least_gain and saving < config.least_saving and not resting):
         return here, "stays: nothing to gain"
     since_s = seen.now_s - state.cap_changed_s
@@ -38,29 +37,17 @@ def next_cap(
             return here, f"{cap_w[best]:.0f} W would do, if still so in {config.cut_dwell_s - since_s:.1f} s"
         least_w = cap_w[here] - config.cut_slew_per_s * min(since_s, 2 * config.cut_dwell_s) * span_w
         return max(best, min(int(np.searchsorted(cap_w, least_w)), here - 1)), "fewer watts serve"
-    late = _near_limit(seen, config, found, here)
     drawn_w, natural_w = seen.telemetry.power_w, config.natural_share * float(cap_w[here]) * seen.terms.num_gpus
     binds = drawn_w >= natural_w or seen.telemetry.binding_share >= config.least_binding_share
-    if not binds and late != "TTFT":
+    if not binds:
         return here, "stays: the cap does not bind, more would change nothing"
-    if late is None and _is_draining(state, seen, config):
+    if _is_draining(state, seen, config):
         return here, "stays: the cap comes back once the batch has drained"
     if since_s < config.raise_dwell_s:
         return here, f"{cap_w[best]:.0f} W wanted, in {config.raise_dwell_s - since_s:.1f} s"
     most_w = cap_w[here] + config.raise_slew_per_s * min(since_s, 2 * config.raise_dwell_s) * span_w
-    why = f"{late} near its limit: cap first" if late else "more is wanted than this cap serves"
-    return min(best, max(int(np.searchsorted(cap_w, most_w, side="right")) - 1, here + 1)), why
-
-
-def _near_limit(seen: Situation, config: ControllerConfig, found: Candidates, here: int) -> str | None:
-    """The latency that is near its limit, as measured or as predicted for the present cap."""
-    for name, limit_s, measured_s, predicted_s in (
-        ("TTFT", seen.target.ttft_p99_s, seen.telemetry.ttft.p99_s, found.ttft_p99_s[here]),
-        ("ITL", seen.target.itl_p99_s, seen.telemetry.itl.p99_s, found.itl_p99_s[here]),
-    ):
-        if limit_s is not None and max(measured_s or 0.0, predicted_s) > config.near_limit_share * limit_s:
-            return name
-    return None
+    raised = min(best, max(int(np.searchsorted(cap_w, most_w, side="right")) - 1, here + 1))
+    return raised, "more is wanted than this cap serves"
 
 
 def _is_draining(state: ControllerState, seen: Situation, config: ControllerConfig) -> bool:

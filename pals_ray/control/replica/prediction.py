@@ -31,6 +31,7 @@ class Surface:
     capacity_tokens_per_s: FloatArray
     power_w: FloatArray
     itl_p99_s: FloatArray
+    ttft_p50_s: FloatArray
     ttft_p99_s: FloatArray
     honours_cap: np.ndarray[tuple[int, int], np.dtype[np.bool_]]
 
@@ -49,15 +50,6 @@ def predict_range(model: PowerModel, min_limit_w: float, max_limit_w: float, max
 def predict_at(model: PowerModel, cap_w: FloatArray, batch: FloatArray) -> Surface:
     """A model's answers at these caps (C,) x batch sizes (B,), both ascending, in one call."""
     return _surface(cap_w, batch, model.predict(cap_w[:, None], batch[None, :]))
-
-
-def latency_score(target: Target, on: Surface) -> FloatArray:
-    """(C, B): 1 within the latency limits, else limit / latency of the worse miss."""
-    score = np.ones_like(on.itl_p99_s)
-    for limit_s, latency_s in ((target.itl_p99_s, on.itl_p99_s), (target.ttft_p99_s, on.ttft_p99_s)):
-        if limit_s is not None:
-            score = np.minimum(score, limit_s / np.maximum(latency_s, limit_s))
-    return score
 
 
 class _ByIdentity:
@@ -85,4 +77,4 @@ def _whole_range(
 
 def _surface(cap_w: FloatArray, batch: FloatArray, p: Prediction) -> Surface:
     safe = np.maximum(p.throughput_tokens_per_s * (1 - p.throughput_rel_std), 0.0)
-    return Surface(cap_w, batch, safe, p.power_w, p.itl_p99_s, p.ttft_p99_s, p.honours_cap)
+    return Surface(cap_w, batch, safe, p.power_w, p.itl_p99_s, p.ttft_p50_s, p.ttft_p99_s, p.honours_cap)

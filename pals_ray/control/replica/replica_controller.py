@@ -5,32 +5,26 @@ from __future__ import annotations
 from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
 from pals_ray.control.replica.operating_point import DEFAULTS, decide
-from pals_ray.control.snapshot import TailFactors
-from pals_ray.control.telemetry import LATENCY_S, RATE_S, TelemetryWindow
+from pals_ray.control.snapshot import Arrivals
+from pals_ray.control.telemetry import RATE_S, TelemetryWindow
 from pals_ray.models.correction import CorrectedModel, Correction, Observation
 from pals_ray.models.power_model import PowerModel
 from pals_ray.types import Expected, Grant, OperatingPoint, ReplicaTelemetry, Target
 
 
 class ReplicaController:
-    """Chooses one replica's operating points; times are s of the agent's monotonic clock.
+    """Chooses one replica's operating points; times are s of the agent's monotonic clock."""
 
-    `largest_prompt` is the TTFT of the largest prompt expected, relative to the TTFT of the model's workload. `serving`
-    is how many replicas the model has.
-    """
-
-    def __init__(self, num_gpus: int, largest_prompt: float = 1.0, config: ControllerConfig = DEFAULTS) -> None:
+    def __init__(self, num_gpus: int, config: ControllerConfig = DEFAULTS) -> None:
         self.correction = Correction()
         self.target = Target()
-        self.serving = 1
         self._num_gpus = num_gpus
-        self._largest_prompt = largest_prompt
         self._config = config
         self._model: PowerModel | None = None
         self._source = ""
         self._state = ControllerState()
         self._looked_s: float | None = None
-        self._arriving_tokens_per_s = 0.0
+        self._seen = ReplicaTelemetry()
 
     def take_model(self, model: PowerModel | None, source: str) -> None:
         """Predict by this model from now on (None: by none); a model from another source begins without corrections."""
@@ -39,34 +33,14 @@ class ReplicaController:
         self._model, self._source = model, source
 
     @property
-    def recent_s(self) -> float:
-        """The window of the latencies that feedback answers to, s.
-
-        SLO intervals are judged over all replicas of a model. One replica finishes only its part of the requests, so
-        its p99 over as short a time would be that of a single late request.
-        """
-        return min(RATE_S * self.serving, LATENCY_S)
-
-    @property
     def expected(self) -> Expected | None:
         """The prediction behind the point in force; None without a model."""
         return self._state.expected
 
     @property
-    def demand_tokens_per_s(self) -> float | None:
-        """What arrives, as far as telemetry shows; None before anything is known.
-
-        The controller takes it from what is served and what runs, and both show less while a cap holds a replica down.
-        So what requests that came in ask for counts where it is more.
-        """
-        seen = self._state.demand_tokens_per_s
-        return max(seen, self._arriving_tokens_per_s) if seen else seen
-
-    @property
-    def tails(self) -> TailFactors:
-        """What the controller multiplies predicted p99 latencies with before it compares them with the limits."""
-        state, share = self._state, self._config.planned_limit_share
-        return TailFactors(state.itl.factor / share, state.ttft.factor * self._largest_prompt / share)
+    def arrivals(self) -> Arrivals | None:
+        """What arrives, and what SLO feedback makes of it; None before it is known."""
+        return self._state.demand.arrivals(self._seen, self._state.slo.strain)
 
     def natural_draw_w(self, window: TelemetryWindow, seen: ReplicaTelemetry, max_limit_w: float) -> float | None:
         """GPU watts of the group at its present batch if nothing capped it, and never below the recent p95.
@@ -84,7 +58,7 @@ class ReplicaController:
     def look(self, now_s: float, seen: ReplicaTelemetry) -> None:
         """Learn from what the replica does at a point that it has held for as long as its telemetry reaches back."""
         before_s, self._looked_s = self._looked_s, now_s
-        self._arriving_tokens_per_s = seen.arriving_tokens_per_s
+        self._seen = seen
         state, point = self._state, self._state.point
         if self._model is None or point is None or before_s is None:
             return
@@ -127,8 +101,6 @@ class ReplicaController:
             model=self._corrected(),
             pin_cap_w=grant.pin_cap_w if may_cap else in_force_w,
             pin_batch_limit=grant.pin_batch_limit,
-            largest_prompt=self._largest_prompt,
-            recent_s=self.recent_s,
         )
         decision = decide(self._state, situation, self._config)
         self._state = decision.state

@@ -18,6 +18,7 @@ from collections import deque
 from heapq import heappop, heappush
 from math import inf
 
+from pals_ray.control.slo import RequestJudge
 from pals_ray.models.physics.stepper import GroupStepper
 from pals_ray.simulation.engine.energy_meter import Meter
 from pals_ray.simulation.engine.group_cap import GroupCap
@@ -50,10 +51,11 @@ class Engine:
         self.waiting: deque[int] = deque()
         # Requests that did not fit into the last step begun, as vLLM counts them: without those that came since.
         self.queued = 0
-        self.preemptions = self.generated = self.prompted = self.finished = 0
+        self.preemptions = self.generated = self.prompted = self.arrived = self.finished = 0
         self.energy_j = self.binding_s = 0.0
-        self.ttft_counts = [0] * (len(LATENCY_EDGES_S) + 1)
-        self.itl_counts = [0] * (len(LATENCY_EDGES_S) + 1)
+        self.ttft_counts, self.tpot_counts, self.itl_counts = ([0] * (len(LATENCY_EDGES_S) + 1) for _ in range(3))
+        slo = model.target.slo
+        self.judge = RequestJudge(slo.ttft_s or inf, slo.tpot_s or inf)
         self._log = log
         self._stepper = stepper
         self._meter = meter
@@ -128,6 +130,8 @@ class Engine:
         self.advance(now_s)
         self._log.replica[request] = self._number
         self.waiting.append(request)
+        self.arrived += 1
+        self.judge.arrived(request, self._log.arrival_s[request])
         if self._left == 0:
             if not self._dead:
                 self._book(now_s)
@@ -155,7 +159,8 @@ class Engine:
             self._left = 1
 
     def telemetry(self, now_s: float) -> EngineTelemetry:
-        """What the engine's stat logger says; `advance` to `now_s` first."""
+        """What the engine says of itself; `advance` to `now_s` first."""
+        self.judge.look(now_s)
         return EngineTelemetry(
             time_s=now_s,
             running=len(self._running),
@@ -167,7 +172,10 @@ class Engine:
             preemptions=self.preemptions,
             batch_limit=self.batch_limit,
             max_batch=self.max_batch,
+            arrived=self.arrived,
+            verdicts=self.judge.verdicts,
             ttft_counts=tuple(self.ttft_counts),
+            tpot_counts=tuple(self.tpot_counts),
             itl_counts=tuple(self.itl_counts),
         )
 
@@ -304,6 +312,7 @@ class Engine:
             log.itl_counts[fine_bucket(end_s - last_s)] += 1
         else:
             log.first_token_s[request] = end_s
+            self.judge.first_token(request, end_s)
             self.ttft_counts[bucket(end_s - log.arrival_s[request])] += 1
             self.prompted += log.prompt[request]
         self.generated += 1
@@ -320,7 +329,10 @@ class Engine:
         del self._running[request]
         self._reserved_kv -= log.prompt[request] + log.output[request] - 1
         log.finish_s[request] = end_s
-        log.tokens[request] = log.output[request]
+        tokens = log.tokens[request] = log.output[request]
+        self.judge.ended(request, end_s, tokens)
+        if tokens > 1:
+            self.tpot_counts[bucket((end_s - log.first_token_s[request]) / (tokens - 1))] += 1
         self.finished += 1
 
     def _preempt(self, now_s: float) -> None:

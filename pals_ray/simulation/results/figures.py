@@ -1,4 +1,4 @@
-"""What a run is judged by: energy, latency, violations, budget kept, signal followed; and means over seeds."""
+"""What a run is judged by: energy, attainment, latency, budget kept, signal followed; and means over seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scipy.stats import t as student_t
 
 from pals_ray.control.budget.moving_budget import FollowedSignal
 from pals_ray.control.budget.regulation import FloatArray, sample_means, score
-from pals_ray.control.slo import QosConfig
+from pals_ray.control.slo import BoolArray, good_requests
 from pals_ray.simulation.results.run_result import ModelResult, RunResult, quantile_s
 
 CONFIDENCE = 0.95
@@ -38,9 +38,9 @@ class Estimate:
 def figures(result: RunResult, since_s: float = 0.0, followed: FollowedSignal | None = None) -> Figures:
     """The figures of a run from `since_s` on (what came before is warming up), at node level unless the name says GPU.
 
-    Rates are fractions of judged intervals. Latencies are over all requests (TTFT) and all tokens (ITL) of all models;
-    a request without a first token by the end counts with the time that it has waited. Goodput counts the output tokens
-    of requests whose TTFT and mean ITL are within their model's limits. Decisions and cap changes are per replica.
+    Attainment is the share of good requests of those judged by the end. Latencies are over all requests (TTFT) and all
+    tokens (ITL) of all models; a request without a first token by the end counts with the time that it has waited.
+    Goodput counts the output tokens of good requests. `under_target_rate` is of intervals in which work waited. Decisions and cap changes are per replica.
     `settle_s` and `settle_over_w` are the longest and the highest over all budget cuts, None where a signal is
     `followed`: its budget falls again before a fall has settled. ITL percentiles, preemptions, decisions, stranded
     watts and what concerns the budget are of the whole run.
@@ -103,31 +103,33 @@ def model_figures(result: RunResult, since_s: float = 0.0) -> dict[str, Figures]
     return out
 
 
-def violations_by_priority(result: RunResult, since_s: float = 0.0) -> dict[int, float | None]:
-    """The violation rate of each priority class, first class first."""
+def attainment_by_priority(result: RunResult, since_s: float = 0.0) -> dict[int, float | None]:
+    """The attainment of each priority class, first class first."""
     classes: dict[int, list[ModelResult]] = {}
     for model in result.models.values():
         classes.setdefault(model.target.priority, []).append(model)
-    return {priority: violation_rate(classes[priority], since_s) for priority in sorted(classes)}
+    return {number: _attainment(classes[number], result.duration_s, since_s) for number in sorted(classes)}
 
 
-def violation_rate(models: Sequence[ModelResult], since_s: float = 0.0) -> float | None:
-    """Violations over judged intervals of all these models that began at `since_s` or later; None without any."""
-    judged = [i.verdict.violation for m in models for i in m.intervals if i.end_s - QosConfig().interval_s >= since_s]
-    return sum(judged) / len(judged) if judged else None
-
-
-def good_tokens(model: ModelResult, end_s: float, since_s: float = 0.0) -> int:
-    """Output tokens of the requests that came since `since_s` and whose TTFT and mean ITL are within the model's limits
-    (of unfinished ones those made so far)."""
+def judged(model: ModelResult, now_s: float, since_s: float = 0.0) -> tuple[BoolArray, BoolArray]:
+    """(n,) each: which of the model's requests that came since `since_s` are good, and which are late."""
     asked = model.requests
-    until_s = np.where(np.isfinite(asked.finish_s), asked.finish_s, end_s)
-    itl_s = np.where(asked.tokens > 1, (until_s - asked.first_token_s) / np.maximum(asked.tokens - 1, 1), 0.0)
-    good = np.isfinite(asked.first_token_s) & (asked.arrival_s >= since_s)
-    for found_s, limit_s in ((asked.ttft_s, model.target.ttft_p99_s), (itl_s, model.target.itl_p99_s)):
-        if limit_s is not None:
-            good &= found_s <= limit_s
-    return int(asked.tokens[good].sum())
+    good, late = good_requests(
+        asked.arrival_s, asked.first_token_s, asked.finish_s, asked.output_tokens, model.target.slo, now_s
+    )
+    came = asked.arrival_s >= since_s
+    return good & came, late & came
+
+
+def good_tokens(model: ModelResult, now_s: float, since_s: float = 0.0) -> int:
+    """Output tokens of the good requests that came since `since_s`."""
+    return int(model.requests.output_tokens[judged(model, now_s, since_s)[0]].sum())
+
+
+def _attainment(models: Sequence[ModelResult], now_s: float, since_s: float) -> float | None:
+    pairs = [judged(model, now_s, since_s) for model in models]
+    good, late = (sum(int(side.sum()) for side in sides) for sides in zip(*pairs, strict=True))
+    return good / (good + late) if good + late else None
 
 
 def gain(value: float, reference: float) -> float:
@@ -135,9 +137,9 @@ def gain(value: float, reference: float) -> float:
     return value / reference - 1.0
 
 
-def counts_as_gain(violations: float | None, static_violations: float | None, limit: float) -> bool:
-    """Whether a gain counts: at a violation rate of at most `limit`, or `static`'s own where that is larger."""
-    return (violations or 0.0) <= max(limit, static_violations or 0.0)
+def counts_as_gain(attainment: float | None, static_attainment: float | None, least: float) -> bool:
+    """Whether a gain counts: at an attainment of at least `least`, or `static`'s own where that is less."""
+    return attainment is None or attainment >= min(least, 1.0 if static_attainment is None else static_attainment)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -167,11 +169,15 @@ def _columns(values: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _service(models: Sequence[ModelResult], result: RunResult, since_s: float) -> Figures:
-    """Violations and latencies of these models together."""
+    """Attainment and latencies of these models together."""
     ttft_s = np.concatenate([_ttft_s(model, result.duration_s, since_s) for model in models])
     itl_counts = np.sum([model.itl_counts for model in models], axis=0)
+    attainment = _attainment(models, result.duration_s, since_s)
+    intervals, under = sum(m.slo.intervals for m in models), sum(m.slo.under_target for m in models)
     return {
-        "violation_rate": violation_rate(models, since_s),
+        "attainment": attainment,
+        "late_rate": None if attainment is None else 1.0 - attainment,
+        "under_target_rate": under / intervals if intervals else None,
         "ttft_p50_s": _quantile(ttft_s, 0.5),
         "ttft_p99_s": _quantile(ttft_s, 0.99),
         "itl_p50_s": quantile_s(itl_counts, 0.5),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pals_ray.control.slo import QosState, Verdict
+from pals_ray.control.slo import SloState
 from pals_ray.types import Target
 
 FloatArray = NDArray[np.float64]
@@ -49,14 +49,6 @@ class RequestOutcomes:
         return self.first_token_s - self.arrival_s
 
 
-@dataclass(frozen=True, slots=True)
-class QosInterval:
-    """One judged interval of a model, and when it ended, s from the start."""
-
-    end_s: float
-    verdict: Verdict
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class ModelResult:
     """One model over the run. `itl_counts` is the histogram of all inter-token latencies over `FINE_EDGES_S`."""
@@ -65,8 +57,7 @@ class ModelResult:
     target: Target
     requests: RequestOutcomes
     itl_counts: IntArray
-    qos: QosState
-    intervals: tuple[QosInterval, ...]
+    slo: SloState
 
     def itl_s(self, q: float) -> float | None:
         """A quantile of all inter-token latencies, s."""

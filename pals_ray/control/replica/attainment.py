@@ -1,0 +1,104 @@
+"""The queueing model behind a choice: which share of the requests a replica would answer within its SLO.
+
+An engine is a processor that its running requests share, so the number of them is a birth-death chain: requests come at
+one rate and end at tokens/s over output tokens, which depends on how many run. Its stationary distribution does not
+depend on how output lengths are distributed (processor sharing is insensitive: Kelly, Reversibility and Stochastic
+Networks, 1979). Above the batch limit requests wait. Arrivals that swing more than Poisson's widen the distribution by
+their peakedness.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtr
+
+from pals_ray.control.replica.prediction import Surface
+from pals_ray.control.snapshot import Arrivals
+from pals_ray.models.power_model import FloatArray
+from pals_ray.types import Slo
+
+#: The 99th percentile of a normal deviate.
+_P99 = 2.326
+_EPS = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Attained:
+    """What becomes of the arrivals at each of C caps with its batch limit, (C,) each.
+
+    `attainment` is the share of good requests, 0 where more comes than is served. `good_share` is the same where those
+    that will be late are turned away: what a replica that cannot serve all still makes of them. `running` sequences and
+    `power_w`, GPU watts of the group, are means.
+    """
+
+    attainment: FloatArray
+    good_share: FloatArray
+    running: FloatArray
+    power_w: FloatArray
+
+
+def attained(on: Surface, column: np.ndarray, arrivals: Arrivals, slo: Slo) -> Attained:
+    """The attainment at each cap with the batch limit of that column (C,)."""
+    caps, batch = np.arange(len(on.cap_w)), on.batch
+    log_ratio = np.log(max(arrivals.strain * arrivals.tokens_per_s, _EPS) / on.capacity_tokens_per_s)
+    # The chain's states 0, 1, ... are taken at the batches of the surface, each for those around it.
+    before = np.concatenate(([0.0], batch[:-1]))
+    gap = batch - before
+    ratio_before = np.concatenate((log_ratio[:, :1], log_ratio[:, :-1]), axis=1)
+    step = gap * (ratio_before + log_ratio) / 2.0 + (log_ratio - ratio_before) / 2.0
+    log_weight = np.concatenate((np.zeros((len(caps), 1)), np.cumsum(step, axis=1)), axis=1) / arrivals.peakedness
+    inside = np.arange(len(batch) + 1) <= column[:, None] + 1
+    log_weight -= np.where(inside, log_weight, -np.inf).max(axis=1, keepdims=True)
+    states = np.concatenate(([0.0], batch))
+    stands_for = np.concatenate(([1.0], (np.append(batch[1:], batch[-1] + 1.0) - before) / 2.0))
+    weight = np.where(inside, np.exp(log_weight) * stands_for, 0.0)
+    # The last state inside stands for none above it: those wait.
+    last = np.exp(log_weight[caps, column + 1])
+    weight[caps, column + 1] = last * (gap[column] + 1.0) / 2.0
+
+    good = np.ones((len(caps), len(batch) + 1))
+    wait_s = np.full(len(caps), np.inf)
+    if slo.ttft_s is not None:
+        within = _share_within(on.ttft_p50_s, on.ttft_p99_s, slo.ttft_s)
+        good = np.concatenate((within[:, :1], within), axis=1)
+        wait_s = np.maximum(slo.ttft_s - on.ttft_p50_s[caps, column], 0.0)
+    if slo.tpot_s is not None:
+        tpot_s = batch / on.capacity_tokens_per_s
+        # A request's TPOT is a mean over its tokens' gaps.
+        spread_s = np.maximum(on.itl_p99_s - tpot_s, 0.0) / _P99 / np.sqrt(max(arrivals.output_tokens - 1.0, 1.0))
+        on_time = ndtr((slo.tpot_s - tpot_s) / np.maximum(spread_s, _EPS))
+        good = good * np.concatenate((on_time[:, :1], on_time), axis=1)
+    ends_per_s = on.capacity_tokens_per_s[caps, column] / max(arrivals.output_tokens, 1.0)
+    log_tail = log_ratio[caps, column] / arrivals.peakedness
+    places = np.minimum(np.floor(wait_s * ends_per_s), 1e6)
+    waiting, beyond = _geometric(log_tail, places)
+    queue_good = good[caps, column + 1] * last * waiting
+    inner = (weight * good).sum(axis=1)
+    total = weight.sum(axis=1) + last * waiting
+    turned_away = last * np.exp(np.minimum(log_tail * (places + 1.0), 50.0))
+    running = (weight @ states + last * waiting * batch[column]) / total
+    drawn = np.concatenate((on.power_w[:, :1], on.power_w), axis=1)
+    power_w = ((weight * drawn).sum(axis=1) + last * waiting * on.power_w[caps, column]) / total
+    return Attained(
+        attainment=(inner + queue_good) / (total + last * beyond),
+        good_share=(inner + queue_good) / (total + turned_away),
+        running=running,
+        power_w=power_w,
+    )
+
+
+def _share_within(p50_s: FloatArray, p99_s: FloatArray, limit_s: float) -> FloatArray:
+    """The share of a lognormal latency with these percentiles within a limit."""
+    spread = np.log(np.maximum(p99_s / p50_s, 1.0 + 1e-6)) / _P99
+    return np.asarray(ndtr(np.log(limit_s / p50_s) / spread))
+
+
+def _geometric(log_ratio: FloatArray, terms: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Sums of ratio^k, over k = 1..terms and beyond; the latter is inf for a ratio of 1 or more."""
+    ratio = np.exp(np.minimum(log_ratio, 0.5))
+    near_one = np.abs(ratio - 1.0) < 1e-6
+    first = np.where(near_one, terms, ratio * np.expm1(np.minimum(log_ratio * terms, 50.0)) / np.where(near_one, 1.0, ratio - 1.0))
+    rest = np.where(ratio < 1.0, np.exp(log_ratio * (terms + 1.0)) / np.maximum(1.0 - ratio, 1e-9), np.inf)
+    return first, rest

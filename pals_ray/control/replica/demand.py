@@ -1,0 +1,54 @@
+"""What comes to a replica: requests/s, how they swing, and the output tokens they ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp, sqrt
+
+from pals_ray.control.snapshot import Arrivals
+from pals_ray.control.telemetry import RATE_S
+from pals_ray.types import ReplicaTelemetry
+
+#: Time constants of the smoothed rate of arrivals and of their dispersion, s.
+RATE_LAG_S = 60.0
+DISPERSION_LAG_S = 180.0
+#: More requests in `RATE_S` than this many standard deviations above what the smoothed rate brings are no chance.
+SURGE_SIGMAS = 3.0
+#: Peakedness is taken from few arrivals and a short window, so it is kept in a range.
+MOST_PEAKEDNESS = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class DemandState:
+    """What is remembered of arrivals: their rate, requests/s, the dispersion of how many come in `RATE_S` (variance
+    over mean, 1 for Poisson), and for how long they have been watched, s."""
+
+    per_s: float = 0.0
+    dispersion: float = 1.0
+    seen_s: float = 0.0
+
+    def after(self, seen: ReplicaTelemetry, dt_s: float) -> DemandState:
+        """Let `dt_s` pass with this telemetry. A surge is followed at once: as far as it can be no chance."""
+        seen_s = self.seen_s + dt_s
+        per_s = self.per_s + (seen.arriving_per_s - self.per_s) * _share(dt_s, seen_s, RATE_LAG_S)
+        came, usual = seen.arriving_per_s * RATE_S, max(per_s * RATE_S, 1e-3)
+        if seen_s < RATE_S:
+            return DemandState(seen.arriving_per_s, 1.0, seen_s)
+        surge = came - SURGE_SIGMAS * sqrt(came * self.dispersion)
+        if surge > usual:
+            return DemandState(surge / RATE_S, self.dispersion, seen_s)
+        swing = (came - usual) ** 2 / usual
+        dispersion = self.dispersion + (swing - self.dispersion) * _share(dt_s, seen_s, DISPERSION_LAG_S)
+        return DemandState(per_s, dispersion, seen_s)
+
+    def arrivals(self, seen: ReplicaTelemetry, strain: float) -> Arrivals | None:
+        """What comes, as the queueing model takes it; None before a request has ended."""
+        if seen.output_tokens <= 0.0:
+            return None
+        peakedness = min(max((1.0 + self.dispersion) / 2.0, 1.0), MOST_PEAKEDNESS)
+        return Arrivals(self.per_s, seen.output_tokens, peakedness, exp(strain))
+
+
+def _share(dt_s: float, seen_s: float, lag_s: float) -> float:
+    """How far a mean moves toward a new value: a plain mean at first, weighted exponentially later."""
+    return max(1.0 - exp(-dt_s / lag_s), min(dt_s / max(seen_s, 1e-9), 1.0))

@@ -1,0 +1,64 @@
+"""The SLO feedback: how much more or less than the demand a replica plans for, learnt from the requests judged.
+
+Each late request raises the demand planned for, each good one lowers it a little, in the ratio in which the SLO allows
+them: so the share of late requests is led to what is allowed, whatever the model predicts (adaptive conformal
+inference: Gibbs and Candes, NeurIPS 2021). While more is late than allowed over the long window, nothing is given back;
+while it is so over the short one too, each late request counts for more, as burn-rate alerts have it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import exp
+
+from pals_ray.types import Slo, Verdicts
+
+#: The log of the factor on demand that one late request adds, and its range.
+STEP = 0.03
+LEAST, MOST = -0.5, 0.7
+#: The short window is this part of the SLO's.
+SHORT = 1.0 / 10.0
+#: A late request counts for so many at most.
+FASTEST = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Burn:
+    """How fast an error budget is spent over a window: late requests over those allowed (1: all of it)."""
+
+    late: float = 0.0
+    judged: float = 0.0
+
+    def after(self, late: int, judged: int, dt_s: float, window_s: float) -> Burn:
+        """Let `dt_s` pass, in which so many were judged."""
+        kept = exp(-dt_s / window_s)
+        return Burn(self.late * kept + late, self.judged * kept + judged)
+
+    def rate(self, attainment: float) -> float:
+        """Late over allowed; as if one request more had been judged good for each that may be late."""
+        return self.late / ((1.0 - attainment) * self.judged + 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class SloFeedback:
+    """`strain` is the log of the factor on demand, `seen` the verdicts at the last look."""
+
+    strain: float = 0.0
+    seen: Verdicts | None = None
+    short: Burn = field(default_factory=Burn)
+    long: Burn = field(default_factory=Burn)
+
+    def after(self, verdicts: Verdicts, slo: Slo, dt_s: float, *, servable: bool) -> SloFeedback:
+        """Let `dt_s` pass with these verdicts since engine start. What no point could have served teaches nothing."""
+        new = verdicts - self.seen if self.seen is not None else Verdicts()
+        if new.judged < 0 or not slo.judges:  # the engine began anew
+            return SloFeedback(self.strain, verdicts)
+        short = self.short.after(new.late, new.judged, dt_s, SHORT * slo.window_s)
+        long = self.long.after(new.late, new.judged, dt_s, slo.window_s)
+        strain, allowed = self.strain, 1.0 - slo.attainment
+        burn = min(short.rate(slo.attainment), long.rate(slo.attainment))
+        if new.late and servable:
+            strain += STEP * slo.attainment * new.late * min(max(burn, 1.0), FASTEST)
+        if long.rate(slo.attainment) <= 1.0:
+            strain -= STEP * allowed * new.good
+        return SloFeedback(min(max(strain, LEAST), MOST), verdicts, short, long)
