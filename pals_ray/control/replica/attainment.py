@@ -42,7 +42,8 @@ class Attained:
 def attained(on: Surface, column: np.ndarray, arrivals: Arrivals, slo: Slo) -> Attained:
     """The attainment at each cap with the batch limit of that column (C,)."""
     caps, batch = np.arange(len(on.cap_w)), on.batch
-    log_ratio = np.log(max(arrivals.strain * arrivals.tokens_per_s, _EPS) / on.capacity_tokens_per_s)
+    # A surface may know points at which nothing at all is safe to be served.
+    log_ratio = np.log(max(arrivals.strain * arrivals.tokens_per_s, _EPS) / np.maximum(on.capacity_tokens_per_s, _EPS))
     # The chain's states 0, 1, ... are taken at the batches of the surface, each for those around it.
     before = np.concatenate(([0.0], batch[:-1]))
     gap = batch - before
@@ -65,7 +66,7 @@ def attained(on: Surface, column: np.ndarray, arrivals: Arrivals, slo: Slo) -> A
         good = np.concatenate((within[:, :1], within), axis=1)
         wait_s = np.maximum(slo.ttft_s - on.ttft_p50_s[caps, column], 0.0)
     if slo.tpot_s is not None:
-        tpot_s = batch / on.capacity_tokens_per_s
+        tpot_s = batch / np.maximum(on.capacity_tokens_per_s, _EPS)
         # A request's TPOT is a mean over its tokens' gaps.
         spread_s = np.maximum(on.itl_p99_s - tpot_s, 0.0) / _P99 / np.sqrt(max(arrivals.output_tokens - 1.0, 1.0))
         on_time = ndtr((slo.tpot_s - tpot_s) / np.maximum(spread_s, _EPS))
@@ -96,9 +97,10 @@ def _share_within(p50_s: FloatArray, p99_s: FloatArray, limit_s: float) -> Float
 
 
 def _geometric(log_ratio: FloatArray, terms: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Sums of ratio^k, over k = 1..terms and beyond; the latter is inf for a ratio of 1 or more."""
+    """Sums of ratio^k, over k = 1..terms and beyond; the latter is huge for a ratio of 1 or more."""
     ratio = np.exp(np.minimum(log_ratio, 0.5))
     near_one = np.abs(ratio - 1.0) < 1e-6
-    first = np.where(near_one, terms, ratio * np.expm1(np.minimum(log_ratio * terms, 50.0)) / np.where(near_one, 1.0, ratio - 1.0))
-    rest = np.where(ratio < 1.0, np.exp(log_ratio * (terms + 1.0)) / np.maximum(1.0 - ratio, 1e-9), np.inf)
+    grown = np.expm1(np.minimum(log_ratio * terms, 50.0))
+    first = np.where(near_one, terms, ratio * grown / np.where(near_one, 1.0, ratio - 1.0))
+    rest = np.exp(np.minimum(log_ratio * (terms + 1.0), 0.0)) / np.maximum(1.0 - ratio, 1e-9)
     return first, rest

@@ -14,6 +14,7 @@ import numpy as np
 from pals_ray.control.replica.batch_choice import EPS, graph_sizes, limit_under_kv_pressure, paced_limit, snap
 from pals_ray.control.replica.candidates import candidates, cap_axis_w
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Decision, Situation
+from pals_ray.control.replica.demand import RATE_LAG_S
 from pals_ray.control.replica.hysteresis import next_cap, with_hysteresis
 from pals_ray.control.replica.prediction import predict_at
 from pals_ray.control.replica.target_feedback import with_throughput
@@ -95,7 +96,9 @@ def _learnt(state: ControllerState, seen: Situation, config: ControllerConfig) -
     dt_s = min(now_s - state.last_s, config.most_step_s)
     since_s = (state.queue_since_s if state.queue_since_s is not None else now_s) if seen.telemetry.waiting else None
     demand = state.demand.after(seen.telemetry, dt_s) if dt_s > 0.0 else state.demand
-    slo = state.slo.after(seen.telemetry.verdicts, seen.target.slo, dt_s, servable=state.servable)
+    # Requests that came before demand was known were served at caps that nobody had chosen for them.
+    knows = demand.seen_s > RATE_LAG_S
+    slo = state.slo.after(seen.telemetry.verdicts, seen.target.slo, dt_s if knows else 0.0, servable=state.servable)
     return replace(state, last_s=now_s, step_s=dt_s, queue_since_s=since_s, demand=demand, slo=slo)
 
 

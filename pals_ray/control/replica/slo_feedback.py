@@ -9,13 +9,13 @@ while it is so over the short one too, each late request counts for more, as bur
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import exp
+from math import exp, log
 
 from pals_ray.types import Slo, Verdicts
 
 #: The log of the factor on demand that one late request adds, and its range.
 STEP = 0.03
-LEAST, MOST = -0.5, 0.7
+LEAST, MOST = -0.5, 0.5
 #: The short window is this part of the SLO's.
 SHORT = 1.0 / 10.0
 #: A late request counts for so many at most.
@@ -51,14 +51,16 @@ class SloFeedback:
     def after(self, verdicts: Verdicts, slo: Slo, dt_s: float, *, servable: bool) -> SloFeedback:
         """Let `dt_s` pass with these verdicts since engine start. What no point could have served teaches nothing."""
         new = verdicts - self.seen if self.seen is not None else Verdicts()
-        if new.judged < 0 or not slo.judges:  # the engine began anew
+        if new.judged < 0 or not slo.judges or dt_s == 0.0:  # the engine began anew, or nothing is to be learnt
             return SloFeedback(self.strain, verdicts)
         short = self.short.after(new.late, new.judged, dt_s, SHORT * slo.window_s)
         long = self.long.after(new.late, new.judged, dt_s, slo.window_s)
         strain, allowed = self.strain, 1.0 - slo.attainment
         burn = min(short.rate(slo.attainment), long.rate(slo.attainment))
         if new.late and servable:
-            strain += STEP * slo.attainment * new.late * min(max(burn, 1.0), FASTEST)
+            # Requests are late in clusters, by one cause: each further one of a cluster says less.
+            cluster = self.short.late
+            strain += STEP * log((cluster + new.late + 1.0) / (cluster + 1.0)) * min(max(burn, 1.0), FASTEST)
         if long.rate(slo.attainment) <= 1.0:
             strain -= STEP * allowed * new.good
         return SloFeedback(min(max(strain, LEAST), MOST), verdicts, short, long)
