@@ -40,17 +40,28 @@ class Domain:
 
 
 @dataclass(frozen=True, slots=True)
+class LatencyFactors:
+    """What to multiply predicted latencies with: percentiles of TTFT, and the p99 of TPOT."""
+
+    ttft_p50: float = 1.0
+    ttft_p99: float = 1.0
+    tpot_p99: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Arrivals:
     """What comes to a replica: requests/s, output tokens of the mean one, and the peakedness: variance over mean of the
     number that would run if none had to wait for another (1: Poisson).
 
-    `strain` is what SLO feedback makes of it: a replica plans for so many times as much.
+    `strain` is what SLO feedback makes of it: a replica plans for so many times as much. `latency` says how much longer
+    than predicted latencies are.
     """
 
     per_s: float
     output_tokens: float
     peakedness: float = 1.0
     strain: float = 1.0
+    latency: LatencyFactors = field(default_factory=LatencyFactors)
 
     @property
     def tokens_per_s(self) -> float:

@@ -41,7 +41,7 @@ class Attained:
 
 def attained(on: Surface, column: np.ndarray, arrivals: Arrivals, slo: Slo) -> Attained:
     """The attainment at each cap with the batch limit of that column (C,)."""
-    caps, batch = np.arange(len(on.cap_w)), on.batch
+    caps, batch, latency = np.arange(len(on.cap_w)), on.batch, arrivals.latency
     # A surface may know points at which nothing at all is safe to be served.
     log_ratio = np.log(max(arrivals.strain * arrivals.tokens_per_s, _EPS) / np.maximum(on.capacity_tokens_per_s, _EPS))
     # The chain's states 0, 1, ... are taken at the batches of the surface, each for those around it.
@@ -62,14 +62,13 @@ def attained(on: Surface, column: np.ndarray, arrivals: Arrivals, slo: Slo) -> A
     good = np.ones((len(caps), len(batch) + 1))
     wait_s = np.full(len(caps), np.inf)
     if slo.ttft_s is not None:
-        within = _share_within(on.ttft_p50_s, on.ttft_p99_s, slo.ttft_s)
+        p50_s, p99_s = latency.ttft_p50 * on.ttft_p50_s, latency.ttft_p99 * on.ttft_p99_s
+        within = _share_within(p50_s, p99_s, slo.ttft_s)
         good = np.concatenate((within[:, :1], within), axis=1)
-        wait_s = np.maximum(slo.ttft_s - on.ttft_p50_s[caps, column], 0.0)
+        wait_s = np.maximum(slo.ttft_s - p50_s[caps, column], 0.0)
     if slo.tpot_s is not None:
-        tpot_s = batch / np.maximum(on.capacity_tokens_per_s, _EPS)
-        # A request's TPOT is a mean over its tokens' gaps.
-        spread_s = np.maximum(on.itl_p99_s - tpot_s, 0.0) / _P99 / np.sqrt(max(arrivals.output_tokens - 1.0, 1.0))
-        on_time = ndtr((slo.tpot_s - tpot_s) / np.maximum(spread_s, _EPS))
+        tpot_s = mean_tpot_s(on)
+        on_time = _share_within(tpot_s, latency.tpot_p99 * tpot_p99_s(on, arrivals.output_tokens), slo.tpot_s)
         good = good * np.concatenate((on_time[:, :1], on_time), axis=1)
     ends_per_s = on.capacity_tokens_per_s[caps, column] / max(arrivals.output_tokens, 1.0)
     log_tail = log_ratio[caps, column] / arrivals.peakedness
@@ -88,6 +87,17 @@ def attained(on: Surface, column: np.ndarray, arrivals: Arrivals, slo: Slo) -> A
         running=running,
         power_w=power_w,
     )
+
+
+def mean_tpot_s(on: Surface) -> FloatArray:
+    """(C, B): the mean gap between tokens while so many run, s."""
+    return np.asarray(on.batch / np.maximum(on.capacity_tokens_per_s, _EPS))
+
+
+def tpot_p99_s(on: Surface, output_tokens: float) -> FloatArray:
+    """(C, B): the p99 of TPOT, s: a request's is the mean over its gaps, of which few tokens have few."""
+    tpot_s = mean_tpot_s(on)
+    return np.asarray(tpot_s + np.maximum(on.itl_p99_s - tpot_s, 0.0) / np.sqrt(max(output_tokens - 1.0, 1.0)))
 
 
 def _share_within(p50_s: FloatArray, p99_s: FloatArray, limit_s: float) -> FloatArray:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.demand import DemandState
+from pals_ray.control.replica.latency_feedback import LatencyFeedback
 from pals_ray.control.replica.slo_feedback import SloFeedback
 from pals_ray.control.replica.throughput_feedback import Gains, PidState
 from pals_ray.models.power_model import PowerModel
@@ -91,6 +92,7 @@ class ControllerState:
     batch_changed_s: float = 0.0
     demand: DemandState = field(default_factory=DemandState)
     slo: SloFeedback = field(default_factory=SloFeedback)
+    latency: LatencyFeedback = field(default_factory=LatencyFeedback)
     servable: bool = True
     predicted_tokens_per_s: float | None = None
     queue_since_s: float | None = None

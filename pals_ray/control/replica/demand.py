@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import exp, sqrt
 
-from pals_ray.control.snapshot import Arrivals
+from pals_ray.control.snapshot import Arrivals, LatencyFactors
 from pals_ray.control.telemetry import RATE_S
 from pals_ray.types import ReplicaTelemetry
 
@@ -41,12 +41,12 @@ class DemandState:
         dispersion = self.dispersion + (swing - self.dispersion) * _share(dt_s, seen_s, DISPERSION_LAG_S)
         return DemandState(per_s, dispersion, seen_s)
 
-    def arrivals(self, seen: ReplicaTelemetry, strain: float) -> Arrivals | None:
+    def arrivals(self, seen: ReplicaTelemetry, strain: float, latency: LatencyFactors) -> Arrivals | None:
         """What comes, as the queueing model takes it; None before a request has ended."""
         if seen.output_tokens <= 0.0:
             return None
         peakedness = min(max((1.0 + self.dispersion) / 2.0, 1.0), MOST_PEAKEDNESS)
-        return Arrivals(self.per_s, seen.output_tokens, peakedness, exp(strain))
+        return Arrivals(self.per_s, seen.output_tokens, peakedness, exp(strain), latency)
 
 
 def _share(dt_s: float, seen_s: float, lag_s: float) -> float:

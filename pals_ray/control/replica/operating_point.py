@@ -17,7 +17,7 @@ from pals_ray.control.replica.controller_state import ControllerConfig, Controll
 from pals_ray.control.replica.demand import RATE_LAG_S
 from pals_ray.control.replica.hysteresis import next_cap, with_hysteresis
 from pals_ray.control.replica.prediction import predict_at
-from pals_ray.control.replica.target_feedback import with_throughput
+from pals_ray.control.replica.target_feedback import with_latency, with_throughput
 from pals_ray.types import Expected, OperatingPoint
 
 DEFAULTS = ControllerConfig()
@@ -40,7 +40,7 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig = D
         point = OperatingPoint(seen.ceiling_w, snap(min(limit, state.kv_limit or limit), seen.max_batch))
         return _decided(state, seen, point, "no model yet: as much as the grant allows", None)
 
-    arrivals = state.demand.arrivals(seen.telemetry, state.slo.strain)
+    arrivals = state.demand.arrivals(seen.telemetry, state.slo.strain, state.latency.factors)
     if arrivals is None:
         limit = seen.max_batch if seen.pin_batch_limit is None else seen.pin_batch_limit
         point = OperatingPoint(seen.ceiling_w if seen.pin_cap_w is None else seen.pin_cap_w, snap(limit, seen.max_batch))
@@ -51,7 +51,7 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig = D
     on = predict_at(seen.model, axis, np.array(graph_sizes(seen.max_batch), dtype=np.float64))
     target = seen.target.throughput_tokens_per_s
     wanted = arrivals.tokens_per_s if target is None else min(arrivals.tokens_per_s, target)
-    state = with_throughput(state, seen, config, on, here)
+    state = with_latency(with_throughput(state, seen, config, on, here), seen, on, here)
     found = candidates(on, arrivals, wanted, state, seen, config)
     best = with_hysteresis(found, here, found.best())
     if seen.pin_cap_w is not None:
