@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pals_ray.models.power_model import PowerModel
 from pals_ray.types import ReplicaTelemetry, Target
@@ -68,6 +68,10 @@ class Arrivals:
         """Output tokens/s that they ask for."""
         return self.per_s * self.output_tokens
 
+    def times(self, factor: float) -> Arrivals:
+        """So many times as many requests."""
+        return replace(self, per_s=factor * self.per_s)
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaCharges:
@@ -111,7 +115,7 @@ class ReplicaSnapshot(ReplicaCharges):
     @property
     def demand_tokens_per_s(self) -> float | None:
         """Output tokens/s that arrivals ask for; None before they are known."""
-        return self.arrivals and self.arrivals.tokens_per_s
+        return self.arrivals.tokens_per_s if self.arrivals is not None else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,9 +80,9 @@ class Situation:
 class ControllerState:
     """What the controller remembers, of fixed size. Times are s of the agent's monotonic clock.
 
-    `step_s` is the time since the decision before, `need` the throughput feedback's factor on the capacity required. `predicted_tokens_per_s` is the capacity
-    predicted for the points in force, smoothed over `predicted_s`. `servable` says whether some point within the
-    ceiling was predicted to keep the targets.
+    `step_s` is the time since the decision before, `need` the throughput feedback's factor on the capacity required.
+    `predicted_tokens_per_s` is the capacity predicted for the points in force, smoothed over `predicted_s`. `servable`
+    says whether some point within the ceiling was predicted to keep the targets.
     """
 
     point: OperatingPoint | None = None

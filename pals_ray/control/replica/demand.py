@@ -14,6 +14,8 @@ RATE_LAG_S = 60.0
 DISPERSION_LAG_S = 180.0
 #: More requests in `RATE_S` than this many standard deviations above what the smoothed rate brings are no chance.
 SURGE_SIGMAS = 3.0
+#: Fewer requests/s than this are none: the cap does not wait for the next one.
+SILENT_PER_S = 1.0 / 300.0
 #: Peakedness is taken from few arrivals and a short window, so it is kept in a range.
 MOST_PEAKEDNESS = 8.0
 
@@ -42,7 +44,9 @@ class DemandState:
         return DemandState(per_s, dispersion, seen_s)
 
     def arrivals(self, seen: ReplicaTelemetry, strain: float, latency: LatencyFactors) -> Arrivals | None:
-        """What comes, as the queueing model takes it; None before a request has ended."""
+        """What comes, as the queueing model takes it; None where requests are there, but none has ended yet."""
+        if seen.running + seen.waiting == 0 and self.per_s < SILENT_PER_S:
+            return Arrivals(0.0, max(seen.output_tokens, 1.0))
         if seen.output_tokens <= 0.0:
             return None
         peakedness = min(max((1.0 + self.dispersion) / 2.0, 1.0), MOST_PEAKEDNESS)

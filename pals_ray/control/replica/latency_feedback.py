@@ -12,7 +12,7 @@ from pals_ray.control.snapshot import LatencyFactors
 
 #: Time constants, s: of the prediction, as long as the window of the measured percentiles; and of their ratio.
 WINDOW_S = 60.0
-RATIO_LAG_S = 120.0
+RATIO_LAG_S = 300.0
 MOST_LOG = log(8.0)
 
 

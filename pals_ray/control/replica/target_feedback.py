@@ -7,8 +7,8 @@ from math import exp
 
 import numpy as np
 
-from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
 from pals_ray.control.replica.attainment import tpot_p99_s
+from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
 from pals_ray.control.replica.latency_feedback import LatencyFeedback
 from pals_ray.control.replica.prediction import Surface
 from pals_ray.control.replica.throughput_feedback import pid_step
