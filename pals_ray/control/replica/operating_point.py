@@ -51,7 +51,9 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig = D
     on = predict_at(seen.model, axis, np.array(graph_sizes(seen.max_batch), dtype=np.float64))
     target = seen.target.throughput_tokens_per_s
     wanted = arrivals.tokens_per_s if target is None else min(arrivals.tokens_per_s, target)
-    state = with_latency(with_throughput(state, seen, config, on, here), seen, on, here)
+    state = with_throughput(state, seen, config, on, here)
+    if state.demand.seen_s > RATE_LAG_S:
+        state = with_latency(state, seen, on, here)
     found = candidates(on, arrivals, wanted, state, seen, config)
     best = found.best()
     if best < here and found.score[best] >= 1.0 - EPS:
