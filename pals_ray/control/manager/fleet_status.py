@@ -15,9 +15,9 @@ from pals_ray.types import (
     FleetStatus,
     GpuStatus,
     Provenance,
-    SloStatus,
     ReplicaStatus,
     ReplicaTelemetry,
+    SloStatus,
     Stranded,
     Target,
 )
