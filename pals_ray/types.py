@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
-from operator import add, sub
 
 
 class Provenance(StrEnum):
@@ -118,10 +117,22 @@ class Verdicts:
         return self.good / self.judged if self.judged else None
 
     def __add__(self, other: Verdicts) -> Verdicts:
-        return Verdicts(*map(add, astuple(self), astuple(other)))
+        return Verdicts(
+            self.good + other.good,
+            self.late_ttft + other.late_ttft,
+            self.late_tpot + other.late_tpot,
+            self.late_failed + other.late_failed,
+            self.good_tokens + other.good_tokens,
+        )
 
     def __sub__(self, other: Verdicts) -> Verdicts:
-        return Verdicts(*map(sub, astuple(self), astuple(other)))
+        return Verdicts(
+            self.good - other.good,
+            self.late_ttft - other.late_ttft,
+            self.late_tpot - other.late_tpot,
+            self.late_failed - other.late_failed,
+            self.good_tokens - other.good_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +323,8 @@ class SloStatus:
     recent ones may be late, and `error_budget_left` the share of those that are not: below 0 once there are more (None
     where no request can be late). `itl_over_share` is the share of token gaps in the window above `slo.itl_p99_s`.
     `under_target_share` is the share of intervals with work waiting at every look in which tokens/s were under the
-    target, since the start. Shares are None where there was nothing to judge.
+    target, since the start. Shares are None where there was nothing to judge. `fastest_tpot_s` is what a model is
+    predicted at with one sequence at the highest cap, None where nothing predicts it.
     """
 
     model: str | None
@@ -325,6 +337,7 @@ class SloStatus:
     itl_over_share: float | None
     under_target_share: float | None
     intervals: int
+    fastest_tpot_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
