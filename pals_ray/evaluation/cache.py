@@ -17,11 +17,13 @@ from typing import Any
 
 from pals_ray.evaluation.cases import Case
 from pals_ray.evaluation.results import run_case
-from pals_ray.evaluation.runs import CONFIRMED, TUNED_BATCHES, CaseRuns
+from pals_ray.evaluation.runs import CaseRuns
 from pals_ray.plots.tables import Json
 from pals_ray.simulation.traces import Trace
 from pals_ray.whole_file import write_whole
 
+#: About so many runs find a capacity, and so many the oracle's point, on each tuning seed.
+_CAPACITY_RUNS, _ORACLE_RUNS = 10, 60
 #: The sources that decide a result: a change in any of them makes every kept result stale.
 _SOURCES = ("pals_ray/simulation", "pals_ray/control", "pals_ray/models", "pals_ray/evaluation", "policies")
 _POLL_S = 0.2
@@ -56,18 +58,18 @@ class Job:
         """Where its result is kept."""
         return out / "cases" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', self.name)}.json"
 
-    def runs_at_most(self) -> int:
-        """How many simulations it takes: a bound, for a progress bar."""
+    def about_runs(self) -> int:
+        """How many simulations it takes, about: for a progress bar."""
         scenario, seeds = self.case.scenario, len(self.seeds)
-        tuned = len(TUNED_BATCHES) * len(scenario.tuning_seeds) * ("power_only_best" in self.policies)
-        # A bisection over a few hundred W for each of the oracle's points.
-        oracle = 9 * CONFIRMED * seeds * (scenario.oracle and self.case.load is not None)
-        return 1 + seeds * (2 + len(self.policies)) + tuned + oracle
+        models = len(self.case.fleet.models)
+        tuned = _CAPACITY_RUNS * models + _ORACLE_RUNS * scenario.oracle
+        starts = {policy.partition("@")[2] for policy in self.policies}
+        return models * len(starts) + seeds * (2 + len(self.policies)) + tuned * len(scenario.tuning_seeds)
 
     def gpu_s(self) -> float:
         """Simulated time of all its runs times GPUs: a measure of how long it takes."""
         gpus = sum(node.count * node.gpus for node in self.case.fleet.nodes)
-        return self.runs_at_most() * self.case.simulated_s * gpus
+        return self.about_runs() * self.case.duration_s * gpus
 
 
 @cache
@@ -104,7 +106,7 @@ def run_jobs(
         if found is None:
             todo.append(job)
         else:
-            tick(job.name, job.runs_at_most())
+            tick(job.name, job.about_runs())
             yield job, found
     if not todo:
         return
@@ -112,7 +114,7 @@ def run_jobs(
     context = get_context("spawn")
     queue: SimpleQueue[str] = context.SimpleQueue()
     done: Counter[str] = Counter()
-    most = {job.name: job.runs_at_most() for job in todo}
+    most = {job.name: job.about_runs() for job in todo}
     with ProcessPoolExecutor(min(processes, len(todo)), context, _begin, (queue,)) as pool:
         waiting = {pool.submit(_work, job): job for job in sorted(todo, key=Job.gpu_s, reverse=True)}
         while waiting:
@@ -139,5 +141,5 @@ def _begin(queue: SimpleQueue[str]) -> None:
 
 
 def _work(job: Job) -> Json:
-    runs = CaseRuns(job.case, job.lengths, job.folder, lambda: _queue.put(job.name))
+    runs = CaseRuns(job.case, job.lengths, job.folder, job.seeds, lambda: _queue.put(job.name))
     return run_case(runs, job.policies, job.seeds)

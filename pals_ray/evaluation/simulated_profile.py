@@ -77,7 +77,7 @@ def _measured(model: SimModel, lengths: Trace, point: OperatingPoint) -> tuple[f
     gpus = model.parallelism.num_gpus
     alone = replace(model, fixed=point, target=Target())
     node = SimNode("profile", model.gpu, gpus, (model.name,))
-    rate = SATURATION * full_tokens_per_s(model, point)
+    rate = SATURATION * full_tokens_per_s(model, point) / float(lengths.output_tokens.mean())
     offered = requests_for(LoadSpec(ramp_s=0.0), "poisson", lengths, rate, POINT_S, _SEED)
     budget_w = gpus * find_gpu(model.gpu).max_limit_w
     setting = SimSetting(SimFleet((node,), (alone,)), budget_w, uniform.allocate, POINT_S)
