@@ -22,8 +22,8 @@ from pals_ray.plots.tables import Json
 from pals_ray.simulation.traces import Trace
 from pals_ray.whole_file import write_whole
 
-#: About so many runs find a capacity, and so many the oracle's point, on each tuning seed.
-_CAPACITY_RUNS, _ORACLE_RUNS = 10, 60
+#: The oracle's point takes about so many runs on each tuning seed.
+_ORACLE_RUNS = 30
 #: The sources that decide a result: a change in any of them makes every kept result stale.
 _SOURCES = ("pals_ray/simulation", "pals_ray/control", "pals_ray/models", "pals_ray/evaluation", "policies")
 _POLL_S = 0.2
@@ -44,9 +44,7 @@ class Job:
         """Changes when anything does that could change the result."""
         scenario = self.case.scenario.model_dump(mode="json", exclude={"about", "fleets", "policies", "seeds"})
         spec = [scenario, self.case.fleet.model_dump(mode="json"), self.case.name, self.policies, self.seeds]
-        trace = self.lengths
-        sums = [float(column.sum()) for column in (trace.arrival_s, trace.prompt_tokens, trace.output_tokens)]
-        text = json.dumps([spec, sums, _code()], sort_keys=True)
+        text = json.dumps([spec, _sums(self.lengths), _code()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -62,14 +60,19 @@ class Job:
         """How many simulations it takes, about: for a progress bar."""
         scenario, seeds = self.case.scenario, len(self.seeds)
         models = len(self.case.fleet.models)
-        tuned = _CAPACITY_RUNS * models + _ORACLE_RUNS * scenario.oracle
+        tuned = _ORACLE_RUNS * len(scenario.tuning_seeds) * scenario.oracle
         starts = {policy.partition("@")[2] for policy in self.policies}
-        return models * len(starts) + seeds * (2 + len(self.policies)) + tuned * len(scenario.tuning_seeds)
+        return models * len(starts) + seeds * (1 + len(self.policies)) + tuned + 1
 
     def gpu_s(self) -> float:
         """Simulated time of all its runs times GPUs: a measure of how long it takes."""
         gpus = sum(node.count * node.gpus for node in self.case.fleet.nodes)
         return self.about_runs() * self.case.duration_s * gpus
+
+
+def _sums(trace: Trace) -> tuple[float, ...]:
+    """What tells one trace from another."""
+    return tuple(float(column.sum()) for column in (trace.arrival_s, trace.prompt_tokens, trace.output_tokens))
 
 
 @cache
@@ -133,6 +136,12 @@ def run_jobs(
 
 
 _queue: Any = None
+#: The traces that this process has seen: what is found out with one is remembered with it.
+_traces: dict[tuple[float, ...], Trace] = {}
+
+
+def _interned(trace: Trace) -> Trace:
+    return _traces.setdefault(_sums(trace), trace)
 
 
 def _begin(queue: SimpleQueue[str]) -> None:
@@ -141,5 +150,5 @@ def _begin(queue: SimpleQueue[str]) -> None:
 
 
 def _work(job: Job) -> Json:
-    runs = CaseRuns(job.case, job.lengths, job.folder, job.seeds, lambda: _queue.put(job.name))
+    runs = CaseRuns(job.case, _interned(job.lengths), job.folder, job.seeds, lambda: _queue.put(job.name))
     return run_case(runs, job.policies, job.seeds)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from pals_ray.types import OperatingPoint
 from policies import uniform
 
 #: What is tuned is tuned on so many requests at least, over all tuning seeds, and for so long, s.
-TUNED_REQUESTS, TUNED_S = 2000, 300.0
+TUNED_REQUESTS, TUNED_S = 2000, 150.0
 #: Rates are tried in steps of this factor, from the lowest to the highest power of it, times what a full batch serves
 #: by the roofline. A model that does not attain its SLO at the lowest (5 %) cannot be served within it.
 STEP = 1.01
@@ -37,14 +37,12 @@ def alone(fleet: SimFleet, name: str) -> SimFleet:
     return replace(fleet, nodes=tuple(nodes), models=(fleet.model(name),), domains=())
 
 
-def capacity_per_s(
-    fleet: SimFleet, name: str, point: OperatingPoint, lengths: Trace, seeds: Sequence[int], tick: Callable[[], None]
-) -> float | None:
-    """The highest requests/s, in steps of 1 %, at which a model attains its SLO over these seeds with all of its
-    replicas at a point; None where even a twentieth of what they serve is too much."""
-    own = alone(fleet, name)
-    model = replace(own.models[0], fixed=point, max_batch=point.batch_limit)
-    own = replace(own, models=(model,))
+@lru_cache(maxsize=64)
+def capacity_per_s(fleet: SimFleet, point: OperatingPoint, lengths: Trace, seeds: tuple[int, ...]) -> float | None:
+    """The highest requests/s, in steps of 1 %, at which a fleet's one model attains its SLO over these seeds with all of
+    its replicas at a point; None where even a twentieth of what they serve is too much."""
+    model = replace(fleet.models[0], fixed=point, max_batch=point.batch_limit)
+    own = replace(fleet, models=(model,))
     replicas = sum(len(node.replicas) for node in own.nodes)
     full_per_s = replicas * full_tokens_per_s(model, point) / float(lengths.output_tokens.mean())
 
@@ -53,10 +51,9 @@ def capacity_per_s(
         duration_s = WARM_UP_S + tuned_s(rate, len(seeds))
         counts = np.zeros(2, dtype=np.int64)
         for seed in seeds:
-            tick()
             offered = requests_for(LoadSpec(), "poisson", lengths, rate, duration_s, seed)
             setting = SimSetting(own, full_charge_w(own), uniform.allocate, duration_s, seed=seed, follow_s=FOLLOW_S)
-            found = figures(simulate(setting, {name: offered}), WARM_UP_S)
+            found = figures(simulate(setting, {model.name: offered}), WARM_UP_S)
             counts += found["good_requests"], found["late_requests"]
         attainment = share_of(int(counts[0]), int(counts[1]))
         return attainment is not None and attainment >= model.target.slo.attainment

@@ -14,7 +14,7 @@ from pals_ray.config.scenario import start_batch
 from pals_ray.control.budget.moving_budget import BudgetPlan, FollowedSignal
 from pals_ray.control.replica.batch_choice import graph_sizes
 from pals_ray.control.snapshot import Policy, Share
-from pals_ray.evaluation.capacity import capacity_per_s, tuned_s
+from pals_ray.evaluation.capacity import alone, capacity_per_s, tuned_s
 from pals_ray.evaluation.cases import (
     FOLLOW_S,
     WARM_UP_S,
@@ -34,7 +34,7 @@ from pals_ray.simulation.results.run_result import RunResult
 from pals_ray.simulation.setting import SimFleet, SimSetting
 from pals_ray.simulation.simulate import simulate
 from pals_ray.simulation.traces import Trace
-from pals_ray.types import OperatingPoint
+from pals_ray.types import OperatingPoint, Target
 from policies import uniform
 
 #: The oracle's caps lie so far apart, W.
@@ -93,8 +93,9 @@ class CaseRuns:
     def capacity_per_s(self) -> dict[str, float | None]:
         """Requests/s up to which each model attains its SLO at the reference; None: it cannot be served within it."""
         seeds = self.case.scenario.tuning_seeds
+        self._tick()
         return {
-            name: capacity_per_s(self.fleet, name, point, self._lengths, seeds, self._tick)
+            name: capacity_per_s(alone(self.fleet, name), point, self._lengths, seeds)
             for name, point in self.reference.items()
         }
 
@@ -163,10 +164,11 @@ class CaseRuns:
             runs = [self.fixed({model.name: point}, seed, judged_s) for seed in seeds]
             attainment = pooled_attainment([run.figures for run in runs])
             attains = attainment is not None and attainment >= model.target.slo.attainment
-            return Tried(point, attains, _efficiency(runs))
+            most = max(float(replica.running.max()) for run in runs for replica in run.result.replicas)
+            return Tried(point, attains, _efficiency(runs), most)
 
         caps_w = [float(w) for w in range(round(gpu.min_limit_w), round(gpu.max_limit_w) + 1, ORACLE_STEP_W)]
-        found = best_fixed(try_at, caps_w, graph_sizes(model.max_batch)[::-1])
+        found = best_fixed(try_at, caps_w, graph_sizes(model.max_batch))
         static_runs = [self.run("static", seed) for seed in self._seeds]
         if found is None:
             return static, static_runs
@@ -186,7 +188,7 @@ class CaseRuns:
         for model, batch in zip(self.fleet.models, batches, strict=True):
             started = replace(model, max_batch=batch)
             self._tick()
-            models.append(replace(started, belief=profiled(started, self._lengths)))
+            models.append(replace(started, belief=profiled(replace(started, target=Target()), self._lengths)))
         return replace(self.fleet, models=tuple(models))
 
     def _budget(self, seed: int, static: Run) -> tuple[float, BudgetPlan | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -46,6 +47,7 @@ def prompt_share(model: SimModel, point: OperatingPoint) -> float:
     return min(max(2.0 * (1.0 - whole / half), 0.0), 1.0)
 
 
+@lru_cache(maxsize=16)
 def profiled(model: SimModel, lengths: Trace) -> PowerModel:
     """Measure one replica at fixed points under requests that never run out, of the lengths to come, and fit.
 

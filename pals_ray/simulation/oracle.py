@@ -7,17 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from pals_ray.types import OperatingPoint
+
+#: After so many batches one after another that do not attain, no smaller one is tried.
+_MOST_MISSES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A fixed point that was tried: whether it attains what is asked, and its tokens per joule."""
+    """A fixed point that was tried: whether it attains what is asked, its tokens per joule, and how many sequences ran
+    on one replica at most."""
 
     point: OperatingPoint
     attains: bool
     tokens_per_joule: float
+    most_running: float
 
 
 def best_fixed(
@@ -26,13 +32,20 @@ def best_fixed(
     """Of all pairs of a cap (ascending) and a batch the one that attains what is asked at the most tokens per joule;
     None where none does.
 
-    What a cap attains a higher one attains too, at more watts. So each batch is tried at the best cap so far, and where
-    it attains there its least cap is found by bisection.
+    What a cap attains a higher one attains too, at more watts. So each batch, the largest first, is tried at the best
+    cap so far, and where it attains there its least cap is found by bisection. A limit that nothing reaches changes
+    nothing. A smaller batch is faster and lets more wait: once some attain, those below `_MOST_MISSES` that do not are
+    left out.
     """
     best: Tried | None = None
-    high = len(caps_w) - 1
-    for batch in batches:
+    high, misses, reached = len(caps_w) - 1, 0, inf
+    for batch in sorted(batches, reverse=True):
+        if batch > reached:
+            continue
+        if best is not None and misses == _MOST_MISSES:
+            break
         found = try_at(OperatingPoint(caps_w[high], batch))
+        misses = 0 if found.attains else misses + 1
         if not found.attains:
             continue
         at, low, step = high, 0, 1
@@ -44,6 +57,7 @@ def best_fixed(
                 found, at, step = lower, middle, 2 * step
             else:
                 low, step = middle + 1, 0
+        reached = found.most_running
         if best is None or found.tokens_per_joule > best.tokens_per_joule:
             best, high = found, at
     return best

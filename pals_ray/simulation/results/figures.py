@@ -40,8 +40,8 @@ def figures(result: RunResult, since_s: float = 0.0, followed: FollowedSignal | 
 
     Attainment is the share of good requests of those that came until the end, whenever they were judged. Latencies are
     over these requests (TTFT) and all tokens (ITL) of all models; a request without a first token counts with the time
-    that it has waited. Goodput counts the output tokens of good ones. `under_target_rate` is of the intervals in which work waited at
-    every look. Decisions and cap changes are per replica. `settle_s` and `settle_over_w` are the longest and the
+    that it has waited. Goodput counts the output tokens of good ones. `under_target_rate` is of the intervals in which
+    work waited at every look. Decisions and cap changes are per replica. `settle_s` and `settle_over_w` are the longest and the
     highest over all budget cuts, None where a signal is `followed`: its budget falls again before a fall has settled.
     ITL percentiles, preemptions, decisions, stranded watts and what concerns the budget are of the whole run.
     """
