@@ -81,7 +81,7 @@ class RequestJudge:
             self._first_s[request] = now_s
 
     def ended(self, request: Hashable, last_token_s: float, output_tokens: int) -> None:
-        """It has ended as it should, after so many tokens. One without a token, or with one, is judged by TTFT alone."""
+        """It has ended as it should. With one output token, or none, it is judged by TTFT alone."""
         self.first_token(request, last_token_s)
         first_s = self._first_s.pop(request, None)
         if first_s is None:
@@ -131,7 +131,9 @@ class Tally:
 
     def follows(self, first: Tally) -> bool:
         """Whether it may be compared with an earlier one: by the same engine, against the same limit."""
-        grown = self.tokens >= first.tokens and self.gaps >= first.gaps and self.verdicts.judged >= first.verdicts.judged
+        grown = (
+            self.tokens >= first.tokens and self.gaps >= first.gaps and self.verdicts.judged >= first.verdicts.judged
+        )
         return grown and self.gap_limit_s == first.gap_limit_s
 
 

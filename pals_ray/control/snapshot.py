@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pals_ray.models.power_model import PowerModel
 from pals_ray.types import ReplicaTelemetry, Target
@@ -40,22 +40,37 @@ class Domain:
 
 
 @dataclass(frozen=True, slots=True)
+class LatencyFactors:
+    """What to multiply predicted latencies with: percentiles of TTFT, and the p99 of TPOT."""
+
+    ttft_p50: float = 1.0
+    ttft_p99: float = 1.0
+    tpot_p99: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Arrivals:
     """What comes to a replica: requests/s, output tokens of the mean one, and the peakedness: variance over mean of the
     number that would run if none had to wait for another (1: Poisson).
 
-    `strain` is what SLO feedback makes of it: a replica plans for so many times as much.
+    `strain` is what SLO feedback makes of it: a replica plans for so many times as much. `latency` says how much longer
+    than predicted latencies are.
     """
 
     per_s: float
     output_tokens: float
     peakedness: float = 1.0
     strain: float = 1.0
+    latency: LatencyFactors = field(default_factory=LatencyFactors)
 
     @property
     def tokens_per_s(self) -> float:
         """Output tokens/s that they ask for."""
         return self.per_s * self.output_tokens
+
+    def times(self, factor: float) -> Arrivals:
+        """So many times as many requests."""
+        return replace(self, per_s=factor * self.per_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +115,7 @@ class ReplicaSnapshot(ReplicaCharges):
     @property
     def demand_tokens_per_s(self) -> float | None:
         """Output tokens/s that arrivals ask for; None before they are known."""
-        return self.arrivals and self.arrivals.tokens_per_s
+        return self.arrivals.tokens_per_s if self.arrivals is not None else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,8 +28,9 @@ class ReplicaMenu:
     """A replica's points by rising charge, (C,) each.
 
     `extra_w` is whole watts above the least charge, `value` as in ARCHITECTURE.md's Words, `share` the predicted
-    part of what is wanted that is good, 1 where the SLO is kept, at `cap_w` and `batch_limit`. `floor` is the point of the least grant
-    (minimum share, TTFT, burst floor), `most_extra_w` what may be granted, `wanted_tokens_per_s` what share 1 means.
+    part of what is wanted that is good, 1 where the SLO is kept, at `cap_w` and `batch_limit`. `floor` is the point of
+    the least grant (minimum share, burst floor), `most_extra_w` what may be granted, `wanted_tokens_per_s` what share 1
+    means.
     """
 
     extra_w: FloatArray
@@ -58,8 +59,8 @@ def replica_menu(
     arrivals = _arrivals(replica, float(capacity.max()))
     wanted = min(arrivals.tokens_per_s, np.inf if target_tokens_per_s is None else target_tokens_per_s)
     part = wanted / max(arrivals.tokens_per_s, 1e-9)
-    found = attained(on, chosen, replace(arrivals, per_s=part * arrivals.per_s), slo)
-    share = np.minimum(found.good_share / (slo.attainment if slo.judges else 1.0), 1.0) if wanted > 0 else np.ones(len(caps))
+    found = attained(on, chosen, arrivals.times(part), slo)
+    share = np.minimum(found.good_share / slo.attainment, 1.0) if wanted > 0 else np.ones(len(caps))
     power_w = found.power_w
 
     gpu_w = np.where(honours, replica.num_gpus * on.cap_w, np.maximum(replica.num_gpus * on.cap_w, power_w))
@@ -98,7 +99,7 @@ def _arrivals(replica: ReplicaSnapshot, most_tokens_per_s: float) -> Arrivals:
         return Arrivals(most_tokens_per_s, 1.0)
     seen = replica.telemetry
     queue = 1.0 + 2.0 * seen.waiting / max(seen.running, 1)
-    return replace(replica.arrivals, per_s=queue * replica.arrivals.per_s)
+    return replica.arrivals.times(queue)
 
 
 def most_charge_w(replica: ReplicaSnapshot, natural_draw_w: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from pals_ray.control.replica.attainment import attained
 from pals_ray.control.replica.batch_choice import EPS, batch_limits, pinned_column
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
 from pals_ray.control.replica.prediction import Surface
+from pals_ray.control.replica.slo_feedback import SPEND
 from pals_ray.control.snapshot import Arrivals
 from pals_ray.models.power_model import FloatArray
 
@@ -35,8 +36,8 @@ def cap_axis_w(min_limit_w: float, ceiling_w: float, max_limit_w: float, present
 class Candidates:
     """One candidate per cap, (C,) each: its `batch_limit`, the sequences `running` then, and what comes of it.
 
-    `score` is 1 where the targets are kept, and the smaller the worse the miss; `firm` is the same for a little more
-    demand. `power_w` is GPU watts of the group, `attainment` the predicted share of good requests.
+    `score` is 1 where the targets are kept, and the smaller the worse the miss. `power_w` is GPU watts of the group,
+    `attainment` the predicted share of good requests.
     """
 
     cap_w: FloatArray
@@ -45,7 +46,6 @@ class Candidates:
     capacity_tokens_per_s: FloatArray
     attainment: FloatArray
     score: FloatArray
-    firm: FloatArray
     power_w: FloatArray
 
     def best(self) -> int:
@@ -59,38 +59,33 @@ class Candidates:
 def candidates(
     on: Surface,
     arrivals: Arrivals,
-    wanted_tokens_per_s: float,
+    wanted: float,
     state: ControllerState,
     seen: Situation,
     config: ControllerConfig,
 ) -> Candidates:
-    """The candidates for what arrives, of which `wanted_tokens_per_s` are to be served."""
+    """The candidates for what arrives, of which `wanted`, tokens/s, are to be served."""
     slo, caps = seen.target.slo, np.arange(len(on.cap_w))
     if seen.pin_batch_limit is None:
         column = batch_limits(on, slo, float(state.kv_limit or seen.max_batch))
     else:
         column = np.full(len(caps), pinned_column(on, seen.pin_batch_limit))
     capacity = on.capacity_tokens_per_s[caps, column]
-    share = min(wanted_tokens_per_s / max(arrivals.tokens_per_s, EPS), 1.0)
-    planned = replace(arrivals, per_s=share * arrivals.per_s)
+    share = min(wanted / max(arrivals.tokens_per_s, EPS), 1.0)
+    planned = arrivals.times(share)
     found = attained(on, column, planned, slo)
-    firmer = attained(on, column, replace(planned, per_s=(1.0 + config.hysteresis) * planned.per_s), slo)
-    drains = np.minimum(capacity / max(_to_serve_now(arrivals, wanted_tokens_per_s, state, seen), EPS), 1.0)
-    needed = wanted_tokens_per_s * state.need * (1.0 + config.margin)
-    served = np.minimum(capacity / max(needed, EPS), 1.0) * drains
+    drains = np.minimum(capacity / max(_to_serve_now(arrivals, wanted, state, seen), EPS), 1.0)
+    needed = wanted * state.need * (1.0 + config.margin)
+    served = np.minimum(capacity / max(needed, EPS), 1.0) * drains * _not_slower(on, found.running, seen, wanted)
 
-    def score(attainment: FloatArray) -> FloatArray:
-        kept = (attainment >= slo.attainment) & (served >= 1.0 - EPS)
-        return np.where(kept, 1.0, 0.999 * found.good_share * served)
-
+    keeps = (found.attainment >= 1.0 - SPEND * (1.0 - slo.attainment)) & (served >= 1.0 - EPS)
     return Candidates(
         cap_w=on.cap_w,
         batch_limit=on.batch[column],
         running=found.running,
         capacity_tokens_per_s=capacity,
         attainment=found.attainment,
-        score=score(found.attainment),
-        firm=score(firmer.attainment),
+        score=np.where(keeps, 1.0, 0.999 * found.good_share * served),
         power_w=found.power_w,
     )
 
@@ -104,3 +99,16 @@ def _to_serve_now(arrivals: Arrivals, wanted: float, state: ControllerState, see
     if limit_s is not None:
         return waiting * arrivals.output_tokens / (0.5 * limit_s)
     return wanted * (1.0 + 2.0 * waiting / max(seen.telemetry.running, 1))
+
+
+def _not_slower(on: Surface, running: FloatArray, seen: Situation, wanted: float) -> FloatArray:
+    """(C,): 1, or less where steps are slower than those of a full batch at the highest cap, without SLO and target.
+
+    The engine was started for such steps. Clients that wait for an answer before they ask again send less to a slower
+    replica, so without this each cut of the cap would justify the next.
+    """
+    if seen.target.slo.judges or seen.target.throughput_tokens_per_s is not None or wanted == 0.0 or seen.model is None:
+        return np.ones_like(running)
+    at = np.minimum(np.searchsorted(on.batch, np.maximum(running, seen.telemetry.running)), len(on.batch) - 1)
+    slowest_s = float(seen.model.predict(seen.terms.max_limit_w, seen.max_batch).itl_p99_s)
+    return np.asarray(np.minimum(slowest_s / on.itl_p99_s[np.arange(len(running)), at], 1.0))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.demand import DemandState
+from pals_ray.control.replica.latency_feedback import LatencyFeedback
 from pals_ray.control.replica.slo_feedback import SloFeedback
 from pals_ray.control.replica.throughput_feedback import Gains, PidState
 from pals_ray.models.power_model import PowerModel
@@ -79,9 +80,9 @@ class Situation:
 class ControllerState:
     """What the controller remembers, of fixed size. Times are s of the agent's monotonic clock.
 
-    `step_s` is the time since the decision before, `need` the throughput feedback's factor on the capacity required. `predicted_tokens_per_s` is the capacity
-    predicted for the points in force, smoothed over `predicted_s`. `servable` says whether some point within the
-    ceiling was predicted to keep the targets.
+    `step_s` is the time since the decision before, `need` the throughput feedback's factor on the capacity required.
+    `predicted_tokens_per_s` is the capacity predicted for the points in force, smoothed over `predicted_s`. `servable`
+    says whether some point within the ceiling was predicted to keep the targets.
     """
 
     point: OperatingPoint | None = None
@@ -91,6 +92,7 @@ class ControllerState:
     batch_changed_s: float = 0.0
     demand: DemandState = field(default_factory=DemandState)
     slo: SloFeedback = field(default_factory=SloFeedback)
+    latency: LatencyFeedback = field(default_factory=LatencyFeedback)
     servable: bool = True
     predicted_tokens_per_s: float | None = None
     queue_since_s: float | None = None

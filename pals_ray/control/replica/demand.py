@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import exp, sqrt
 
-from pals_ray.control.snapshot import Arrivals
+from pals_ray.control.snapshot import Arrivals, LatencyFactors
 from pals_ray.control.telemetry import RATE_S
 from pals_ray.types import ReplicaTelemetry
 
@@ -14,6 +14,8 @@ RATE_LAG_S = 60.0
 DISPERSION_LAG_S = 180.0
 #: More requests in `RATE_S` than this many standard deviations above what the smoothed rate brings are no chance.
 SURGE_SIGMAS = 3.0
+#: Fewer requests/s than this are none: the cap does not wait for the next one.
+SILENT_PER_S = 1.0 / 300.0
 #: Peakedness is taken from few arrivals and a short window, so it is kept in a range.
 MOST_PEAKEDNESS = 8.0
 
@@ -41,12 +43,14 @@ class DemandState:
         dispersion = self.dispersion + (swing - self.dispersion) * _share(dt_s, seen_s, DISPERSION_LAG_S)
         return DemandState(per_s, dispersion, seen_s)
 
-    def arrivals(self, seen: ReplicaTelemetry, strain: float) -> Arrivals | None:
-        """What comes, as the queueing model takes it; None before a request has ended."""
+    def arrivals(self, seen: ReplicaTelemetry, strain: float, latency: LatencyFactors) -> Arrivals | None:
+        """What comes, as the queueing model takes it; None where requests are there, but none has ended yet."""
+        if seen.running + seen.waiting == 0 and self.per_s < SILENT_PER_S:
+            return Arrivals(0.0, max(seen.output_tokens, 1.0))
         if seen.output_tokens <= 0.0:
             return None
         peakedness = min(max((1.0 + self.dispersion) / 2.0, 1.0), MOST_PEAKEDNESS)
-        return Arrivals(self.per_s, seen.output_tokens, peakedness, exp(strain))
+        return Arrivals(self.per_s, seen.output_tokens, peakedness, exp(strain), latency)
 
 
 def _share(dt_s: float, seen_s: float, lag_s: float) -> float:

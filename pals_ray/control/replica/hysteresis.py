@@ -9,15 +9,13 @@ from pals_ray.control.replica.candidates import Candidates
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
 
 
-def with_hysteresis(found: Candidates, here: int, best: int) -> int:
-    """The best candidate, but a cap below the present one only if it does for a little more demand.
+def firm_cut(firm: Candidates, here: int) -> int:
+    """The best candidate below the present cap of those that would do for a little more demand; `here` without one.
 
     Otherwise noise would move the cap down and up again.
     """
-    if best >= here or found.score[best] < 1.0 - EPS:
-        return best
-    lower = np.flatnonzero(found.firm[:here] >= 1.0 - EPS)
-    return int(lower[found.power_w[lower].argmin()]) if len(lower) else here
+    lower = np.flatnonzero(firm.score[:here] >= 1.0 - EPS)
+    return int(lower[firm.power_w[lower].argmin()]) if len(lower) else here
 
 
 def next_cap(
@@ -39,7 +37,8 @@ def next_cap(
         return max(best, min(int(np.searchsorted(cap_w, least_w)), here - 1)), "fewer watts serve"
     drawn_w, natural_w = seen.telemetry.power_w, config.natural_share * float(cap_w[here]) * seen.terms.num_gpus
     binds = drawn_w >= natural_w or seen.telemetry.binding_share >= config.least_binding_share
-    if not binds:
+    # A cap that seldom binds may still slow the prompts down that a TTFT depends on.
+    if not binds and not seen.target.slo.judges:
         return here, "stays: the cap does not bind, more would change nothing"
     if _is_draining(state, seen, config):
         return here, "stays: the cap comes back once the batch has drained"

@@ -15,9 +15,9 @@ from pals_ray.control.replica.batch_choice import EPS, graph_sizes, limit_under_
 from pals_ray.control.replica.candidates import candidates, cap_axis_w
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Decision, Situation
 from pals_ray.control.replica.demand import RATE_LAG_S
-from pals_ray.control.replica.hysteresis import next_cap, with_hysteresis
+from pals_ray.control.replica.hysteresis import firm_cut, next_cap
 from pals_ray.control.replica.prediction import predict_at
-from pals_ray.control.replica.target_feedback import with_throughput
+from pals_ray.control.replica.target_feedback import with_latency, with_throughput
 from pals_ray.types import Expected, OperatingPoint
 
 DEFAULTS = ControllerConfig()
@@ -40,10 +40,10 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig = D
         point = OperatingPoint(seen.ceiling_w, snap(min(limit, state.kv_limit or limit), seen.max_batch))
         return _decided(state, seen, point, "no model yet: as much as the grant allows", None)
 
-    arrivals = state.demand.arrivals(seen.telemetry, state.slo.strain)
+    arrivals = state.demand.arrivals(seen.telemetry, state.slo.strain, state.latency.factors)
     if arrivals is None:
         limit = seen.max_batch if seen.pin_batch_limit is None else seen.pin_batch_limit
-        point = OperatingPoint(seen.ceiling_w if seen.pin_cap_w is None else seen.pin_cap_w, snap(limit, seen.max_batch))
+        point = OperatingPoint(seen.ceiling_w, snap(limit, seen.max_batch))
         return _decided(state, seen, point, "no request has ended yet: as much as the grant allows", None)
     terms = seen.terms
     axis = cap_axis_w(terms.min_limit_w, seen.ceiling_w, terms.max_limit_w, present_w)
@@ -52,8 +52,13 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig = D
     target = seen.target.throughput_tokens_per_s
     wanted = arrivals.tokens_per_s if target is None else min(arrivals.tokens_per_s, target)
     state = with_throughput(state, seen, config, on, here)
+    if state.demand.seen_s > RATE_LAG_S:
+        state = with_latency(state, seen, on, here)
     found = candidates(on, arrivals, wanted, state, seen, config)
-    best = with_hysteresis(found, here, found.best())
+    best = found.best()
+    if best < here and found.score[best] >= 1.0 - EPS:
+        more = 1.0 + config.hysteresis
+        best = firm_cut(candidates(on, arrivals.times(more), more * wanted, state, seen, config), here)
     if seen.pin_cap_w is not None:
         chosen, why = len(axis) - 1, "the grant pins the cap"
     elif cut:

@@ -9,7 +9,6 @@ import numpy as np
 
 from pals_ray.models.correction import CorrectedModel
 from pals_ray.models.power_model import FloatArray, PowerModel, Prediction
-from pals_ray.types import Target
 
 #: Caps, and batch sizes for each doubling, at which a model is asked over a replica's whole range.
 MENU_CAPS = 101

@@ -40,7 +40,7 @@ class ReplicaController:
     @property
     def arrivals(self) -> Arrivals | None:
         """What arrives, and what SLO feedback makes of it; None before it is known."""
-        return self._state.demand.arrivals(self._seen, self._state.slo.strain)
+        return self._state.demand.arrivals(self._seen, self._state.slo.strain, self._state.latency.factors)
 
     def natural_draw_w(self, window: TelemetryWindow, seen: ReplicaTelemetry, max_limit_w: float) -> float | None:
         """GPU watts of the group at its present batch if nothing capped it, and never below the recent p95.

@@ -14,8 +14,10 @@ from math import exp, log
 from pals_ray.types import Slo, Verdicts
 
 #: The log of the factor on demand that one late request adds, and its range.
-STEP = 0.03
-LEAST, MOST = -0.5, 0.5
+STEP = 0.05
+LEAST, MOST = -0.3, 0.5
+#: The part of the error budget that is planned to be spent; the rest is for what nobody foresees.
+SPEND = 0.7
 #: The short window is this part of the SLO's.
 SHORT = 1.0 / 10.0
 #: A late request counts for so many at most.
@@ -55,12 +57,13 @@ class SloFeedback:
             return SloFeedback(self.strain, verdicts)
         short = self.short.after(new.late, new.judged, dt_s, SHORT * slo.window_s)
         long = self.long.after(new.late, new.judged, dt_s, slo.window_s)
-        strain, allowed = self.strain, 1.0 - slo.attainment
+        strain, allowed = self.strain, SPEND * (1.0 - slo.attainment)
         burn = min(short.rate(slo.attainment), long.rate(slo.attainment))
         if new.late and servable:
             # Requests are late in clusters, by one cause: each further one of a cluster says less.
             cluster = self.short.late
             strain += STEP * log((cluster + new.late + 1.0) / (cluster + 1.0)) * min(max(burn, 1.0), FASTEST)
-        if long.rate(slo.attainment) <= 1.0:
-            strain -= STEP * allowed * new.good
+        if long.rate(slo.attainment) <= SPEND:
+            # What was late longer ago than the window counts no more.
+            strain = min(strain, strain * exp(-dt_s / slo.window_s)) - STEP * allowed * new.good
         return SloFeedback(min(max(strain, LEAST), MOST), verdicts, short, long)

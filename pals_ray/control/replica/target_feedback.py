@@ -7,9 +7,12 @@ from math import exp
 
 import numpy as np
 
+from pals_ray.control.replica.attainment import tpot_p99_s
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
+from pals_ray.control.replica.latency_feedback import LatencyFeedback
 from pals_ray.control.replica.prediction import Surface
 from pals_ray.control.replica.throughput_feedback import pid_step
+from pals_ray.models.power_model import FloatArray
 
 
 def with_throughput(
@@ -47,3 +50,22 @@ def _error(predicted: float, seen: Situation, config: ControllerConfig) -> float
     error = 1.0 - seen.telemetry.throughput_tokens_per_s / aim
     targeted = target is not None and aim >= target * (1.0 - config.gains.dead_band)
     return error if error > 0 or targeted else None
+
+
+def with_latency(state: ControllerState, seen: Situation, on: Surface, here: int) -> ControllerState:
+    """The state with what measured latencies say of the predicted ones at the cap in force and what runs."""
+    telemetry, dt_s, before = seen.telemetry, state.step_s, state.latency
+    if telemetry.running == 0:
+        return state
+
+    def now(values: FloatArray) -> float:
+        return float(np.interp(telemetry.running_mean, on.batch, values[here]))
+
+    return replace(
+        state,
+        latency=LatencyFeedback(
+            before.ttft_p50.after(telemetry.ttft.p50_s, now(on.ttft_p50_s), dt_s),
+            before.ttft_p99.after(telemetry.ttft.p99_s, now(on.ttft_p99_s), dt_s),
+            before.tpot_p99.after(telemetry.tpot.p99_s, now(tpot_p99_s(on, telemetry.output_tokens)), dt_s),
+        ),
+    )

@@ -40,10 +40,10 @@ def figures(result: RunResult, since_s: float = 0.0, followed: FollowedSignal | 
 
     Attainment is the share of good requests of those judged by the end. Latencies are over all requests (TTFT) and all
     tokens (ITL) of all models; a request without a first token by the end counts with the time that it has waited.
-    Goodput counts the output tokens of good requests. `under_target_rate` is of intervals in which work waited. Decisions and cap changes are per replica.
-    `settle_s` and `settle_over_w` are the longest and the highest over all budget cuts, None where a signal is
-    `followed`: its budget falls again before a fall has settled. ITL percentiles, preemptions, decisions, stranded
-    watts and what concerns the budget are of the whole run.
+    Goodput counts the output tokens of good requests. `under_target_rate` is of the intervals in which work waited at
+    every look. Decisions and cap changes are per replica. `settle_s` and `settle_over_w` are the longest and the
+    highest over all budget cuts, None where a signal is `followed`: its budget falls again before a fall has settled.
+    ITL percentiles, preemptions, decisions, stranded watts and what concerns the budget are of the whole run.
     """
     # Share of time that its cap held the clock of each replica down.
     binding = [replica.binding.mean() for replica in result.replicas if len(result.time_s)]
