@@ -55,8 +55,8 @@ class Slo:
     """What is promised of a model's requests. Limits are s, None where there is none.
 
     A request is good within `ttft_s` (time to first token) and `tpot_s` (time per output token: (last token - first
-    token) / (output tokens - 1)). Of those judged in `window_s` the share `attainment` is to be good. `itl_p99_s` limits
-    the gaps between tokens, of which at most 1 % in the window may be longer; it makes no request late.
+    token) / (output tokens - 1)). Of those judged in `window_s` the share `attainment` is to be good. `itl_p99_s`
+    limits the gaps between tokens, of which at most 1 % in the window may be longer; it makes no request late.
     """
 
     ttft_s: float | None = None
@@ -139,7 +139,8 @@ class Verdicts:
 class EngineTelemetry:
     """One reading of a replica's engine: counters since engine start and gauges now.
 
-    `arrived` requests have come in, `verdicts` are those judged (`pals_ray.control.slo`). Histograms are cumulative counts over `LATENCY_EDGES_S` (one more count than edges: the last is overflow).
+    `arrived` requests have come in, `verdicts` are those judged (`pals_ray.control.slo`). Histograms are cumulative
+    counts over `LATENCY_EDGES_S` (one more count than edges: the last is overflow).
     `steps` and `late_steps` come from the paced worker of a virtual GPU (0 on real ones); `modelled_s` and `wall_s`
     are the summed modelled and real durations of those steps.
     """
