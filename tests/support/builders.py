@@ -11,7 +11,6 @@ from pals_ray.control.snapshot import Arrivals, Domain, FleetSnapshot, Overhead,
 from pals_ray.models.power_model import Prediction
 from pals_ray.types import Grant
 
-
 #: Output tokens of a snapshot's mean request.
 OUTPUT_TOKENS = 20.0
 

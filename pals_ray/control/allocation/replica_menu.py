@@ -29,8 +29,8 @@ class ReplicaMenu:
 
     `extra_w` is whole watts above the least charge, `value` as in ARCHITECTURE.md's Words, `share` the predicted
     part of what is wanted that is good, 1 where the SLO is kept, at `cap_w` and `batch_limit`. `floor` is the point of
-    the least grant (minimum share, TTFT, burst floor), `most_extra_w` what may be granted, `wanted_tokens_per_s` what share 1
-    means.
+    the least grant (minimum share, TTFT, burst floor), `most_extra_w` what may be granted, `wanted_tokens_per_s` what
+    share 1 means.
     """
 
     extra_w: FloatArray

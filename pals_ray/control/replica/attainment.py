@@ -58,15 +58,14 @@ def attained(on: Surface, column: np.ndarray, arrivals: Arrivals, slo: Slo) -> A
     summed = np.exp(np.minimum(upper, 50.0)) * np.expm1(-fall) / np.expm1(-fall / gap)
     # From the larger end: where weights fall that is the state before, which belongs to the interval before.
     summed = np.where(step > 0.0, summed, summed * np.exp(-fall / gap))
-    weight = np.concatenate(
-        (np.exp(np.minimum(log_weight[:, :1] - step[:, :1], 50.0)), np.where(inside, summed, 0.0)), axis=1
-    )
+    empty = np.exp(np.minimum(log_weight[:, :1] - step[:, :1], 50.0))
+    weight = np.concatenate((empty, np.where(inside, summed, 0.0)), axis=1)
     last = np.exp(log_weight[caps, column])
     place = np.where(fall < 1e-3, 0.5, np.sign(step) * (1.0 / -np.expm1(-fall) - 1.0 / fall - 0.5) + 0.5)
     place = np.where(gap > 1.0, np.minimum(place + 0.5 / gap, 1.0), 1.0)
 
     def summed_up(values: FloatArray) -> FloatArray:
-        """(C,): the sum of values at the batches 0, ... times the weights, each interval's at its weights' mean place."""
+        """(C,): the sum of values at the batches 0, ... by weight, in each interval at the weights' mean place."""
         inner = values[..., :-1] + place * (values[..., 1:] - values[..., :-1])
         return np.asarray(weight[:, 0] * values[..., 0] + (weight[:, 1:] * inner).sum(axis=1))
 
