@@ -24,10 +24,10 @@ STREAMS = 32
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of a policy: shares of violations in judged intervals, output tokens per J of the node, mean W."""
+    """One run of a policy: the share of good requests of all models, output tokens per J of the node, mean W."""
 
     policy: str
-    violations: float
+    attainment: float
     tokens_per_j: float
     tokens_per_s: float
     mean_w: float
@@ -41,7 +41,7 @@ def run(minutes: float, pairs: int, budget_w: float, trace: Path) -> Report:
         uncapped = asyncio.run(_uncapped(served, lengths, min(UNCAPPED_S, 60.0 * minutes)))
         runs = list(_runs(served, lengths, uncapped, 60.0 * minutes, pairs, budget_w))
     shown = table(
-        ("policy", "violations", "tokens/J", "tokens/s", "mean W", "failed requests"),
+        ("policy", "attainment", "tokens/J", "tokens/s", "mean W", "failed requests"),
         map(_row, (*runs, *(mean_of(runs, policy) for policy in POLICIES))),
         left=("policy",),
         title=f"{pairs} x {minutes:g} min each at {budget_w:g} W for four virtual A100s, open-loop load",
@@ -52,7 +52,7 @@ def run(minutes: float, pairs: int, budget_w: float, trace: Path) -> Report:
 
 def _row(r: Run) -> tuple[str, ...]:
     watts, failures = f"{r.mean_w:.0f}", str(r.failures)
-    return r.policy, f"{r.violations:.1%}", f"{r.tokens_per_j:.4f}", f"{r.tokens_per_s:.1f}", watts, failures
+    return r.policy, f"{r.attainment:.1%}", f"{r.tokens_per_j:.4f}", f"{r.tokens_per_s:.1f}", watts, failures
 
 
 def mean_of(runs: list[Run], policy: str) -> Run:
@@ -65,7 +65,7 @@ def mean_of(runs: list[Run], policy: str) -> Run:
 def figures(runs: list[Run]) -> dict[str, float]:
     """The figures of the JSON object: means per policy."""
     means = {policy: mean_of(runs, policy) for policy in POLICIES}
-    return {f"{p}_{name}": getattr(m, name) for p, m in means.items() for name in ("violations", "tokens_per_j")} | {
+    return {f"{p}_{name}": getattr(m, name) for p, m in means.items() for name in ("attainment", "tokens_per_j")} | {
         "failures": float(sum(run.failures for run in runs))
     }
 
@@ -94,7 +94,9 @@ async def _run(served: ServedFleet, policy: str, loads: dict[str, Trace], run_s:
         raise BenchError(f"the fleet used {in_use} in a run of {policy}")
     failures = sum(len(load.result.failures) for load in clients)
     mean_w, tokens_per_s, tokens_per_j = seen.rates()
-    return Run(policy, seen.violation_share, tokens_per_j, tokens_per_s, mean_w, failures)
+    if seen.attainment is None:
+        raise BenchError(f"no request was judged in a run of {policy}: is the load being served?")
+    return Run(policy, seen.attainment, tokens_per_j, tokens_per_s, mean_w, failures)
 
 
 async def _uncapped(served: ServedFleet, lengths: Trace, for_s: float) -> dict[str, float]:
