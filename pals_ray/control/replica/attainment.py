@@ -44,25 +44,37 @@ def attained(on: Surface, column: np.ndarray, arrivals: Arrivals, slo: Slo) -> A
     caps, batch, latency = np.arange(len(on.cap_w)), on.batch, arrivals.latency
     # A surface may know points at which nothing at all is safe to be served.
     log_ratio = np.log(max(arrivals.strain * arrivals.tokens_per_s, _EPS) / np.maximum(on.capacity_tokens_per_s, _EPS))
-    # The chain's states 0, 1, ... are taken at the batches of the surface, each for those around it.
+    # The chain's states 1, 2, ... are summed up between the batches of the surface, as if weights were geometric there.
     before = np.concatenate(([0.0], batch[:-1]))
     gap = batch - before
     ratio_before = np.concatenate((log_ratio[:, :1], log_ratio[:, :-1]), axis=1)
     step = gap * (ratio_before + log_ratio) / 2.0 + (log_ratio - ratio_before) / 2.0
-    log_weight = np.concatenate((np.zeros((len(caps), 1)), np.cumsum(step, axis=1)), axis=1) / arrivals.peakedness
-    inside = np.arange(len(batch) + 1) <= column[:, None] + 1
-    log_weight -= np.where(inside, log_weight, -np.inf).max(axis=1, keepdims=True)
-    states = np.concatenate(([0.0], batch))
-    stands_for = np.concatenate(([1.0], (np.append(batch[1:], batch[-1] + 1.0) - before) / 2.0))
-    weight = np.where(inside, np.exp(log_weight) * stands_for, 0.0)
-    # The last state inside stands for none above it: those wait.
-    last = np.exp(log_weight[caps, column + 1])
-    weight[caps, column + 1] = last * (gap[column] + 1.0) / 2.0
+    step /= arrivals.peakedness
+    log_weight = np.cumsum(step, axis=1)
+    inside = np.arange(len(batch)) <= column[:, None]
+    log_weight -= np.maximum(np.where(inside, log_weight, 0.0).max(axis=1, keepdims=True), 0.0)
+    fall = np.maximum(np.abs(step), 1e-9)
+    upper = np.where(step > 0.0, log_weight, log_weight - step)
+    summed = np.exp(upper) * np.expm1(-fall) / np.expm1(-fall / gap)
+    # From the larger end: where weights fall that is the state before, which belongs to the interval before.
+    summed = np.where(step > 0.0, summed, summed * np.exp(-fall / gap))
+    weight = np.concatenate((np.exp(log_weight[:, :1] - step[:, :1]), np.where(inside, summed, 0.0)), axis=1)
+    last = np.exp(log_weight[caps, column])
+    place = np.where(fall < 1e-3, 0.5, np.sign(step) * (1.0 / -np.expm1(-fall) - 1.0 / fall - 0.5) + 0.5)
+    place = np.where(gap > 1.0, np.minimum(place + 0.5 / gap, 1.0), 1.0)
+
+    def summed_up(values: FloatArray) -> FloatArray:
+        """(C,): the sum of values at the batches 0, ... times the weights, each interval's at its weights' mean place."""
+        inner = values[..., :-1] + place * (values[..., 1:] - values[..., :-1])
+        return np.asarray(weight[:, 0] * values[..., 0] + (weight[:, 1:] * inner).sum(axis=1))
 
     good = np.ones((len(caps), len(batch) + 1))
     wait_s = np.full(len(caps), np.inf)
     if slo.ttft_s is not None:
-        p50_s, p99_s = latency.ttft_p50 * on.ttft_p50_s, latency.ttft_p99 * on.ttft_p99_s
+        p50_s, p99_s = (
+            arrivals.strain * factor * predicted_s
+            for factor, predicted_s in ((latency.ttft_p50, on.ttft_p50_s), (latency.ttft_p99, on.ttft_p99_s))
+        )
         within = _share_within(p50_s, p99_s, slo.ttft_s)
         good = np.concatenate((within[:, :1], within), axis=1)
         wait_s = np.maximum(slo.ttft_s - p50_s[caps, column], 0.0)
@@ -73,19 +85,17 @@ def attained(on: Surface, column: np.ndarray, arrivals: Arrivals, slo: Slo) -> A
     ends_per_s = on.capacity_tokens_per_s[caps, column] / max(arrivals.output_tokens, 1.0)
     log_tail = log_ratio[caps, column] / arrivals.peakedness
     places = np.minimum(np.floor(wait_s * ends_per_s), 1e6)
-    waiting, beyond = _geometric(log_tail, places)
-    queue_good = good[caps, column + 1] * last * waiting
-    inner = (weight * good).sum(axis=1)
-    total = weight.sum(axis=1) + last * waiting
+    waiting, beyond = (last * part for part in _geometric(log_tail, places))
     turned_away = last * np.exp(np.minimum(log_tail * (places + 1.0), 50.0))
-    running = (weight @ states + last * waiting * batch[column]) / total
-    drawn = np.concatenate((on.power_w[:, :1], on.power_w), axis=1)
-    power_w = ((weight * drawn).sum(axis=1) + last * waiting * on.power_w[caps, column]) / total
+    inside_or_waiting, all_of_them = weight.sum(axis=1) + waiting, weight.sum(axis=1) + waiting + beyond
+    good_ones = summed_up(good) + good[caps, column + 1] * waiting
+    drawn_w = np.concatenate((on.power_w[:, :1], on.power_w), axis=1)
+    full_w = on.power_w[caps, column]
     return Attained(
-        attainment=(inner + queue_good) / (total + last * beyond),
-        good_share=(inner + queue_good) / (total + turned_away),
-        running=running,
-        power_w=power_w,
+        attainment=good_ones / all_of_them,
+        good_share=good_ones / (inside_or_waiting + turned_away),
+        running=(summed_up(np.concatenate(([0.0], batch))) + (waiting + beyond) * batch[column]) / all_of_them,
+        power_w=(summed_up(drawn_w) + (waiting + beyond) * full_w) / all_of_them,
     )
 
 
@@ -108,9 +118,10 @@ def _share_within(p50_s: FloatArray, p99_s: FloatArray, limit_s: float) -> Float
 
 def _geometric(log_ratio: FloatArray, terms: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Sums of ratio^k, over k = 1..terms and beyond; the latter is huge for a ratio of 1 or more."""
-    ratio = np.exp(np.minimum(log_ratio, 0.5))
+    ratio = np.exp(np.minimum(log_ratio, 5.0))
     near_one = np.abs(ratio - 1.0) < 1e-6
     grown = np.expm1(np.minimum(log_ratio * terms, 50.0))
     first = np.where(near_one, terms, ratio * grown / np.where(near_one, 1.0, ratio - 1.0))
-    rest = np.exp(np.minimum(log_ratio * (terms + 1.0), 0.0)) / np.maximum(1.0 - ratio, 1e-9)
+    beyond = np.exp(np.minimum(log_ratio * (terms + 1.0), 0.0)) / np.maximum(1.0 - ratio, 1e-9)
+    rest = np.where(ratio < 1.0, beyond, 1e9 * (1.0 + first))
     return first, rest

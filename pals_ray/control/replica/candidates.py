@@ -72,13 +72,13 @@ def candidates(
         column = np.full(len(caps), pinned_column(on, seen.pin_batch_limit))
     capacity = on.capacity_tokens_per_s[caps, column]
     share = min(wanted / max(arrivals.tokens_per_s, EPS), 1.0)
-    planned = arrivals.times(share)
+    planned = arrivals.times(share * state.need)
     found = attained(on, column, planned, slo)
     drains = np.minimum(capacity / max(_to_serve_now(arrivals, wanted, state, seen), EPS), 1.0)
     needed = wanted * state.need * (1.0 + config.margin)
     served = np.minimum(capacity / max(needed, EPS), 1.0) * drains * _not_slower(on, found.running, seen, wanted)
 
-    keeps = (found.attainment >= 1.0 - SPEND * (1.0 - slo.attainment)) & (served >= 1.0 - EPS)
+    keeps = (found.attainment >= 1.0 - SPEND * (1.0 - slo.attainment)) & (served >= 1.0 - EPS) | (wanted == 0.0)
     return Candidates(
         cap_w=on.cap_w,
         batch_limit=on.batch[column],
@@ -94,7 +94,8 @@ def _to_serve_now(arrivals: Arrivals, wanted: float, state: ControllerState, see
     """Tokens/s to be served while requests wait: enough that the last of them starts within half its TTFT limit, and
     where there is none within the time that those running, half done on average, still take."""
     waiting, limit_s = seen.telemetry.waiting, seen.target.slo.ttft_s
-    if waiting == 0 or state.queue_since_s is None:
+    # Under a tokens/s target those beyond it wait as they may.
+    if waiting == 0 or state.queue_since_s is None or seen.target.throughput_tokens_per_s is not None:
         return 0.0
     if limit_s is not None:
         return waiting * arrivals.output_tokens / (0.5 * limit_s)

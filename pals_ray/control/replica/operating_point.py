@@ -51,7 +51,9 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig = D
     on = predict_at(seen.model, axis, np.array(graph_sizes(seen.max_batch), dtype=np.float64))
     target = seen.target.throughput_tokens_per_s
     wanted = arrivals.tokens_per_s if target is None else min(arrivals.tokens_per_s, target)
-    state = with_latency(with_throughput(state, seen, config, on, here), seen, on, here)
+    state = with_throughput(state, seen, config, on, here)
+    if state.demand.seen_s > RATE_LAG_S:
+        state = with_latency(state, seen, on, here)
     found = candidates(on, arrivals, wanted, state, seen, config)
     best = found.best()
     if best < here and found.score[best] >= 1.0 - EPS:
@@ -98,7 +100,7 @@ def _learnt(state: ControllerState, seen: Situation, config: ControllerConfig) -
         )
     dt_s = min(now_s - state.last_s, config.most_step_s)
     since_s = (state.queue_since_s if state.queue_since_s is not None else now_s) if seen.telemetry.waiting else None
-    demand = state.demand.after(seen.telemetry, dt_s) if dt_s > 0.0 else state.demand
+    demand = state.demand.after(seen.telemetry, dt_s)
     # Requests that came before demand was known were served at caps that nobody had chosen for them.
     knows = demand.seen_s > RATE_LAG_S
     slo = state.slo.after(seen.telemetry.verdicts, seen.target.slo, dt_s if knows else 0.0, servable=state.servable)

@@ -64,5 +64,6 @@ class SloFeedback:
             cluster = self.short.late
             strain += STEP * log((cluster + new.late + 1.0) / (cluster + 1.0)) * min(max(burn, 1.0), FASTEST)
         if long.rate(slo.attainment) <= SPEND:
-            strain -= STEP * allowed * new.good
+            # What was late longer ago than the window counts no more.
+            strain = min(strain, strain * exp(-dt_s / slo.window_s)) - STEP * allowed * new.good
         return SloFeedback(min(max(strain, LEAST), MOST), verdicts, short, long)

@@ -11,6 +11,7 @@ import numpy as np
 from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Decision, Situation
 from pals_ray.control.replica.operating_point import decide
+from pals_ray.control.slo import RequestJudge
 from pals_ray.control.snapshot import Overhead
 from pals_ray.control.telemetry import Reading, TelemetryWindow
 from pals_ray.models.physics.roofline import RooflineModel, Workload
@@ -29,6 +30,7 @@ class Request:
     prompt: int
     left: int
     context: int = 0
+    first_s: float = 0.0
 
 
 @dataclass
@@ -47,8 +49,11 @@ class Plant:
     binding: bool = False
     generated: int = 0
     prompted: int = 0
+    arrived: int = 0
     finished: int = 0
+    judge: RequestJudge = field(default_factory=RequestJudge)
     ttft: np.ndarray = field(default_factory=lambda: np.zeros(len(LATENCY_EDGES_S) + 1, dtype=int))
+    tpot: np.ndarray = field(default_factory=lambda: np.zeros(len(LATENCY_EDGES_S) + 1, dtype=int))
     itl: np.ndarray = field(default_factory=lambda: np.zeros(len(LATENCY_EDGES_S) + 1, dtype=int))
 
     def run(self, until_s, arrivals):
@@ -58,6 +63,8 @@ class Plant:
         while self.now_s < until_s:
             while arrivals and arrivals[0].arrived_s <= self.now_s:
                 self.waiting.append(arrivals.popleft())
+                self.arrived += 1
+                self.judge.arrived(id(self.waiting[-1]), self.waiting[-1].arrived_s)
             if not self.running and not self.waiting:
                 at_s = min(until_s, arrivals[0].arrived_s if arrivals else until_s)
                 self.energy_j += idle_w * (at_s - self.now_s)
@@ -84,13 +91,20 @@ class Plant:
             self.itl[bisect_left(LATENCY_EDGES_S, step.duration_s)] += len(self.running)
             for r in new:
                 self.ttft[bisect_left(LATENCY_EDGES_S, self.now_s - r.arrived_s)] += 1
-                r.context = r.prompt
+                r.context, r.first_s = r.prompt, self.now_s
+                self.judge.first_token(id(r), self.now_s)
             self.prompted += tokens
             self.running += new
             self.generated += len(self.running)
             for r in self.running:
                 r.left, r.context = r.left - 1, r.context + 1
-            self.finished += sum(r.left <= 0 for r in self.running)
+            ended = [r for r in self.running if r.left <= 0]
+            self.finished += len(ended)
+            for r in ended:
+                tokens = r.context - r.prompt
+                self.judge.ended(id(r), self.now_s, tokens)
+                if tokens > 1:
+                    self.tpot[bisect_left(LATENCY_EDGES_S, (self.now_s - r.first_s) / (tokens - 1))] += 1
             self.running = [r for r in self.running if r.left > 0]
 
     def run_closed(self, until_s, clients):
@@ -106,6 +120,7 @@ class Plant:
             self.run(min(until_s, self.now_s + 0.03), arrivals)
 
     def telemetry(self):
+        self.judge.look(self.now_s)
         return EngineTelemetry(
             time_s=self.now_s,
             running=len(self.running),
@@ -117,7 +132,10 @@ class Plant:
             preemptions=0,
             batch_limit=self.limit,
             max_batch=self.max_batch,
+            arrived=self.arrived,
+            verdicts=self.judge.verdicts,
             ttft_counts=tuple(self.ttft.tolist()),
+            tpot_counts=tuple(self.tpot.tolist()),
             itl_counts=tuple(self.itl.tolist()),
         )
 
@@ -188,7 +206,8 @@ class Loop:
             self.arrivals.append(Request(at_s, prompt, 1 + int(self.rng.exponential(output))))
 
     def beat(self):
-        plant = self.plant
+        plant, slo = self.plant, self.target.slo
+        plant.judge.ttft_limit_s, plant.judge.tpot_limit_s = slo.ttft_s or np.inf, slo.tpot_s or np.inf
         if self.clients is None:
             plant.run(plant.now_s + BEAT_S, self.arrivals)
         else:
