@@ -54,7 +54,7 @@ class Engine:
     llm: object
 
     def generate(self, max_tokens, prompt="The quick brown fox", **sampling) -> Future:
-        """Start a request; the future gives its one `CompletionOutput`, and aborts the request where it is cancelled."""
+        """Start a request; the future gives its one `CompletionOutput`; cancelling it aborts the request."""
         from vllm import SamplingParams
 
         async def run():

@@ -12,9 +12,7 @@ from pals_ray.types import Verdicts
 
 #: What the wall clock says at 0 s of the monotonic one.
 EPOCH_S = 1_700_000_000.0
-Status = Enum(
-    "Status", "WAITING FINISHED_STOPPED FINISHED_LENGTH_CAPPED FINISHED_ABORTED FINISHED_IGNORED FINISHED_ERROR"
-)
+Status = Enum("Status", "WAITING FINISHED_STOPPED FINISHED_ABORTED FINISHED_IGNORED FINISHED_ERROR")
 
 
 @dataclass(eq=False)
