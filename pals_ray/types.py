@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
-from operator import add, sub
 
 
 class Provenance(StrEnum):
@@ -56,8 +55,8 @@ class Slo:
     """What is promised of a model's requests. Limits are s, None where there is none.
 
     A request is good within `ttft_s` (time to first token) and `tpot_s` (time per output token: (last token - first
-    token) / (output tokens - 1)). Of those judged in `window_s` the share `attainment` is to be good. `itl_p99_s` limits
-    the gaps between tokens, of which at most 1 % in the window may be longer; it makes no request late.
+    token) / (output tokens - 1)). Of those judged in `window_s` the share `attainment` is to be good. `itl_p99_s`
+    limits the gaps between tokens, of which at most 1 % in the window may be longer; it makes no request late.
     """
 
     ttft_s: float | None = None
@@ -118,17 +117,30 @@ class Verdicts:
         return self.good / self.judged if self.judged else None
 
     def __add__(self, other: Verdicts) -> Verdicts:
-        return Verdicts(*map(add, astuple(self), astuple(other)))
+        return Verdicts(
+            self.good + other.good,
+            self.late_ttft + other.late_ttft,
+            self.late_tpot + other.late_tpot,
+            self.late_failed + other.late_failed,
+            self.good_tokens + other.good_tokens,
+        )
 
     def __sub__(self, other: Verdicts) -> Verdicts:
-        return Verdicts(*map(sub, astuple(self), astuple(other)))
+        return Verdicts(
+            self.good - other.good,
+            self.late_ttft - other.late_ttft,
+            self.late_tpot - other.late_tpot,
+            self.late_failed - other.late_failed,
+            self.good_tokens - other.good_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class EngineTelemetry:
     """One reading of a replica's engine: counters since engine start and gauges now.
 
-    `arrived` requests have come in, `verdicts` are those judged (`pals_ray.control.slo`). Histograms are cumulative counts over `LATENCY_EDGES_S` (one more count than edges: the last is overflow).
+    `arrived` requests have come in, `verdicts` are those judged (`pals_ray.control.slo`). Histograms are cumulative
+    counts over `LATENCY_EDGES_S` (one more count than edges: the last is overflow).
     `steps` and `late_steps` come from the paced worker of a virtual GPU (0 on real ones); `modelled_s` and `wall_s`
     are the summed modelled and real durations of those steps.
     """
@@ -312,7 +324,8 @@ class SloStatus:
     recent ones may be late, and `error_budget_left` the share of those that are not: below 0 once there are more (None
     where no request can be late). `itl_over_share` is the share of token gaps in the window above `slo.itl_p99_s`.
     `under_target_share` is the share of intervals with work waiting at every look in which tokens/s were under the
-    target, since the start. Shares are None where there was nothing to judge.
+    target, since the start. Shares are None where there was nothing to judge. `fastest_tpot_s` is what a model is
+    predicted at with one sequence at the highest cap, None where nothing predicts it.
     """
 
     model: str | None
@@ -325,6 +338,7 @@ class SloStatus:
     itl_over_share: float | None
     under_target_share: float | None
     intervals: int
+    fastest_tpot_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

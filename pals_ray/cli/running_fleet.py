@@ -18,6 +18,7 @@ import pals_ray
 from pals_ray.cli.options import AsJson
 from pals_ray.cli.status_table import budget_line, source_line, status_view, target_text
 from pals_ray.config.policy_path import list_policies
+from pals_ray.control.manager.slo_accounts import unreachable
 from pals_ray.plots.tables import table
 from pals_ray.types import BudgetSource, FleetStatus
 
@@ -30,7 +31,7 @@ def status(
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every second until Ctrl-C.")] = False,
 ) -> None:
-    """Budget, charge and draw; each replica's operating point, target and reason."""
+    """Budget, charge and draw; each replica's operating point and reason; how each model keeps its SLO."""
     # Ray prints warnings about its cluster to stdout, which is for what was asked.
     with redirect_stdout(sys.stderr):
         fleet = pals_ray.connect()
@@ -100,17 +101,32 @@ def _say(source: BudgetSource) -> None:
 
 def target(
     model: Annotated[str, typer.Argument(help="The model's id.")],
+    ttft: Annotated[str | None, typer.Option(help="SLO: time to first token, s; none: no limit.")] = None,
+    tpot: Annotated[str | None, typer.Option(help="SLO: time per output token, s; none: no limit.")] = None,
+    attainment: Annotated[float | None, typer.Option(help="SLO: share of requests that keep both, as 0.99.")] = None,
+    window: Annotated[float | None, typer.Option(help="SLO: over how many s that share is taken.")] = None,
+    itl_p99: Annotated[str | None, typer.Option(help="Gaps between tokens, s, at p99; none: no limit.")] = None,
     throughput: Annotated[str | None, typer.Option(help="Output tokens/s, all replicas; none: all demand.")] = None,
-    ttft_p99: Annotated[str | None, typer.Option(help="Time to first token, s, at p99; none: no limit.")] = None,
-    itl_p99: Annotated[str | None, typer.Option(help="Inter-token latency, s, at p99; none: no limit.")] = None,
     priority: Annotated[int | None, typer.Option(help="Class; a lower number is served first.")] = None,
     min_share: Annotated[float | None, typer.Option(help="Share of the target kept while higher classes lack.")] = None,
+    ttft_p99: Annotated[str | None, typer.Option(hidden=True)] = None,  # of earlier versions: refused by name
 ) -> None:
     """Change what is wanted of a model; what is not given stays as it is."""
-    given = {"throughput_tokens_per_s": throughput, "ttft_p99_s": ttft_p99, "itl_p99_s": itl_p99}
-    changes = {name: _limit(value) for name, value in given.items() if value is not None}
-    changes |= {name: value for name, value in (("priority", priority), ("min_share", min_share)) if value is not None}
-    console.print(f"{model}: {target_text(pals_ray.connect().set_target(model, **changes))}")
+    limits = {
+        "ttft_s": ttft,
+        "tpot_s": tpot,
+        "itl_p99_s": itl_p99,
+        "throughput_tokens_per_s": throughput,
+        "ttft_p99_s": ttft_p99,
+    }
+    numbers = {"attainment": attainment, "window_s": window, "priority": priority, "min_share": min_share}
+    changes = {name: _limit(value) for name, value in limits.items() if value is not None}
+    changes |= {name: value for name, value in numbers.items() if value is not None}
+    fleet = pals_ray.connect()
+    console.print(f"{model}: {target_text(fleet.set_target(model, **changes))}", highlight=False)
+    for row in fleet.status().slos:
+        if row.model == model and (note := unreachable(row)) is not None:
+            console.print(f"! {note}", style="yellow", highlight=False)
 
 
 def _limit(value: str) -> float | None:

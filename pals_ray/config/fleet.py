@@ -9,12 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pals_ray.config.reader import StrictModel, check_mapping, read_content
+from pals_ray.config.target import TargetedModel
 from pals_ray.control.snapshot import Domain, Overhead
 from pals_ray.models.specs import GPUS, MODELS
-from pals_ray.types import Target
 
 Watts = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def known_model(name: str) -> str:
@@ -72,22 +71,7 @@ class HardwareConfig(StrictModel):
     allow_unenforced: bool = False
 
 
-class TargetConfig(StrictModel):
-    """What the operator wants from a model; see `pals_ray.types.Target`."""
-
-    throughput_tokens_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    ttft_p99_s: Seconds | None = None
-    itl_p99_s: Seconds | None = None
-    priority: int = Field(0, ge=0)
-    min_share: float = Field(0.0, ge=0, le=1)
-    burst_floor_w: float = Field(0.0, ge=0, allow_inf_nan=False)
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-
-    def target(self) -> Target:
-        return Target(**self.model_dump())
-
-
-class ModelConfig(StrictModel):
+class ModelConfig(TargetedModel):
     """One model: Ray's own `LLMConfig` content, the operator's target, and how it is predicted.
 
     `stands_for` is a known model: what virtual GPUs take it for, and whose roofline predicts it where `profile`, a file
@@ -95,7 +79,6 @@ class ModelConfig(StrictModel):
     """
 
     llm_config: dict[str, Any]
-    target: TargetConfig = TargetConfig()
     stands_for: KnownModel | None = None
     profile: str | None = None
 

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pals_ray.config.fleet import DomainConfig, KnownGpu, KnownModel, OverheadConfig, Seconds, TargetConfig, Watts
+from pals_ray.config.fleet import DomainConfig, KnownGpu, KnownModel, OverheadConfig, Watts
 from pals_ray.config.reader import ConfigError, StrictModel, check_mapping, read_content
+from pals_ray.config.target import Seconds, TargetedModel
 
 #: The scenarios that come with pals-ray, in the checkout's top folder.
 SHIPPED = Path(__file__).parents[2] / "scenarios"
@@ -48,14 +49,13 @@ class NodeSpec(StrictModel):
     domain: str | None = None
 
 
-class ModelSpecEntry(StrictModel):
+class ModelSpecEntry(TargetedModel):
     """A served model: which one it is, its tensor (and expert) parallelism, the batch that its engines start with."""
 
     name: KnownModel
     tensor_parallel: int = Field(1, ge=1, le=16)
     expert_parallel: int = Field(1, ge=1, le=16)
     max_batch: int = Field(256, ge=1, le=4096)
-    target: TargetConfig = TargetConfig()
 
 
 class FleetSpec(StrictModel):

@@ -127,9 +127,10 @@ class Fleet:
 
     @_blocking
     def set_target(self, model: str, **changes: float | None) -> Awaitable[Target]:
-        """Change what is wanted of a model: fields of `Target` by name, None for no limit; the rest stays as it is.
+        """Change what is wanted of a model: fields of `Target` and its `Slo` by name, None for no limit.
 
-        Returns the whole target. Raises `ConfigError` naming the value, or the models that there are.
+        The rest stays as it is. Returns the whole target. Raises `ConfigError` naming the value, or the models that
+        there are.
         """
         return self._ask("set_target", model, changes)
 

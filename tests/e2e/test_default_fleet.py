@@ -138,9 +138,9 @@ def test_schedule_signal_and_target_go_by_http_as_by_a_call(serve, env):
     answer = httpx.put(f"{URL}/power/signal", json=body, headers=TOKEN, timeout=30)
     assert (answer.status_code, answer.json()["kind"]) == (200, "signal")
     assert "the followed signal has ended" in pals(env, "budget", "set", "1200").stdout
-    answer = httpx.put(f"{URL}/power/targets/tiny-moe", json={"ttft_p99_s": 9.5}, headers=TOKEN, timeout=30)
-    assert (answer.status_code, answer.json()["ttft_p99_s"]) == (200, 9.5)
-    httpx.put(f"{URL}/power/targets/tiny-moe", json={"ttft_p99_s": None}, headers=TOKEN, timeout=30)
+    answer = httpx.put(f"{URL}/power/targets/tiny-moe", json={"ttft_s": 9.5}, headers=TOKEN, timeout=30)
+    assert (answer.status_code, answer.json()["slo"]["ttft_s"], answer.json()["slo"]["tpot_s"]) == (200, 9.5, 0.2)
+    httpx.put(f"{URL}/power/targets/tiny-moe", json={"ttft_s": 4}, headers=TOKEN, timeout=30)
     in_use = [policy["path"] for policy in httpx.get(f"{URL}/power/policies").json() if policy["in_use"]]
     assert in_use == [status(env)["policy"]]
 
@@ -152,6 +152,10 @@ def test_schedule_signal_and_target_go_by_http_as_by_a_call(serve, env):
         ("schedule", {"entries": [{"start": "2026-07-01 17:00", "budget_w": 900}]}, 400, "time zone"),
         ("signal", {"value": [2], "base_w": 800, "range_w": 100, "ceiling_w": 1000}, 400, "less than or equal to 1"),
         ("targets/tiny-moe", {"watts": 5}, 400, "no such key"),
+        ("targets/tiny-moe", {"ttft_p99_s": 1}, 400, "slo.ttft_s"),
+        ("targets/tiny-moe", {"tpot_s": 0}, 400, "slo.tpot_s"),
+        ("targets/tiny-moe", {"attainment": 1}, 400, "less than 1"),
+        ("targets/tiny-moe", {"window_s": 5}, 400, "slo.window_s"),
         ("targets/nobody", {"priority": 1}, 400, "tiny-dense, tiny-moe"),
     ],
 )
@@ -231,17 +235,22 @@ def test_status_shows_all_that_an_operator_needs(serve, env):
         assert replica["expected"]["capacity_tokens_per_s"] > 0
         assert replica["telemetry"]["itl"]["p99_s"] > replica["telemetry"]["itl"]["p50_s"] > 0
         assert replica["telemetry"]["ttft"]["p99_s"] >= replica["telemetry"]["ttft"]["p50_s"] > 0
+        assert replica["telemetry"]["tpot"]["p99_s"] >= replica["telemetry"]["tpot"]["p50_s"] > 0
         assert replica["charge_w"] == pytest.approx(replica["cap_w"] * replica["num_gpus"], rel=0.02)
     assert sum(gpu["limit_w"] for gpu in seen["gpus"]) <= seen["budget_w"]
     assert [gpu["replica_id"] for gpu in seen["gpus"]].count(None) == 1
     assert seen["policy"] == "policies.pals:allocate"
-    assert {row["model"]: row["violations"] for row in seen["qos"]} == dict.fromkeys(MODELS, 0)
-    assert all(row["intervals"] > 5 for row in seen["qos"])
+    assert {row["model"] for row in seen["slos"]} == set(MODELS)
+    for row in (*seen["slos"], *seen["slos_by_priority"]):
+        assert row["total"]["good"] > 5
+        assert row["total"]["good_tokens"] > row["total"]["good"]
+        assert row["error_budget_left"] is not None
     text = pals(env, "status").stdout
     print("\n" + text)
     text = " ".join(text.split())
     for word in ("budget 1200 W", "stranded", "tok/J", "TTFT", "modelled", "late steps", "parked", "time scale 2"):
         assert word in text
+    assert "error budget left" in text
 
 
 def test_the_figures_are_exported_as_metrics_with_their_units(serve, env):
@@ -257,6 +266,9 @@ def test_the_figures_are_exported_as_metrics_with_their_units(serve, env):
     assert 0 < seen["ray_pals_power_watts"] <= seen["ray_pals_budget_watts"]
     assert 100 <= seen["ray_pals_replica_cap_watts"] <= 400
     assert {"ray_pals_charge_watts", "ray_pals_stranded_watts", "ray_pals_replica_tokens_per_second"} <= seen.keys()
+    assert 0 <= seen["ray_pals_slo_attainment"] <= 1
+    assert seen["ray_pals_slo_error_budget_left"] <= 1
+    assert any(name.startswith("ray_pals_good_requests") for name in seen)
 
 
 def test_agents_and_manager_are_light(serve):

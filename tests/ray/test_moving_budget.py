@@ -14,6 +14,7 @@ from pals_ray.config.reader import ConfigError
 from pals_ray.control.budget.regulation import Signal
 from pals_ray.runtime.manager.storage import read_state
 from pals_ray.runtime.messages import MANAGER_NAME, NAMESPACE
+from pals_ray.types import Slo, Target
 from tests.support import fleets
 from tests.support.dummies import MODEL, DummyFleet
 from tests.support.fleets import sampled_limits, wait_for
@@ -136,26 +137,26 @@ def _epoch():
 
 def test_the_same_configuration_again_keeps_schedule_and_targets_and_another_one_ends_them(serving):
     serving.fleet.schedule_budget(entries((-60, 600, 600)))
-    serving.fleet.set_target(MODEL, ttft_p99_s=2.0)
+    serving.fleet.set_target(MODEL, ttft_s=2.0)
     serving.configure(BUDGET_W)
     status = serving.status()
-    assert (status.budget_w, status.source.kind, status.replicas[0].target.ttft_p99_s) == (600, "schedule", 2.0)
+    assert (status.budget_w, status.source.kind, status.replicas[0].target.slo.ttft_s) == (600, "schedule", 2.0)
     serving.configure(800)
     status = serving.status()
-    assert (status.budget_w, status.source.kind, status.replicas[0].target.ttft_p99_s) == (800, "set", None)
+    assert (status.budget_w, status.source.kind, status.replicas[0].target.slo.ttft_s) == (800, "set", None)
     serving.configure(BUDGET_W)
 
 
 def test_a_target_changes_alone_and_survives_the_manager(serving):
     fleet = serving.fleet
     assert fleet.set_target(MODEL, throughput_tokens_per_s=500, priority=1).throughput_tokens_per_s == 500
-    changed = fleet.set_target(MODEL, throughput_tokens_per_s=None, itl_p99_s=0.05)
-    assert (changed.throughput_tokens_per_s, changed.itl_p99_s, changed.priority) == (None, 0.05, 1)
+    changed = fleet.set_target(MODEL, throughput_tokens_per_s=None, tpot_s=0.05, window_s=60)
+    assert changed == Target(Slo(tpot_s=0.05, window_s=60), priority=1)
     epoch = serving.status().epoch
     kill_manager()
     wait_for(lambda: _epoch() > epoch and serving.settled(), 20, "no other manager takes over", 0.1)
     assert {row.target for row in serving.status().replicas} == {changed}
-    fleet.set_target(MODEL, itl_p99_s=None, priority=0)
+    fleet.set_target(MODEL, tpot_s=None, window_s=300, priority=0)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,9 @@ def test_a_target_changes_alone_and_survives_the_manager(serving):
         (lambda fleet: fleet.set_target("nobody", priority=1), f"it has {MODEL}"),
         (lambda fleet: fleet.set_target(MODEL, priority=-1), "priority"),
         (lambda fleet: fleet.set_target(MODEL, watts=5), "watts: no such key"),
-        (lambda fleet: fleet.set_target(MODEL, ttft_p99_s=0), "ttft_p99_s"),
+        (lambda fleet: fleet.set_target(MODEL, ttft_s=0), "slo.ttft_s"),
+        (lambda fleet: fleet.set_target(MODEL, attainment=1), "slo.attainment"),
+        (lambda fleet: fleet.set_target(MODEL, ttft_p99_s=1), "ttft_p99_s is no longer known"),
         (lambda fleet: fleet.schedule_budget({"entries": []}), "there is none"),
         (lambda fleet: fleet.schedule_budget("/nowhere.yaml"), "/nowhere.yaml"),
         (lambda fleet: fleet.follow_signal("/nowhere.csv", base_w=1, range_w=0, ceiling_w=1), "/nowhere.csv"),
@@ -237,11 +240,13 @@ class TestCommandLine:
         assert pals("budget", "follow", path, "--base", 700, "--range", 800, "--ceiling", 850)[0] == 1
 
     def test_a_target_is_changed_and_shown(self, pals):
-        code, out, _ = pals("target", MODEL, "--throughput", 700, "--ttft-p99", 1.5, "--itl-p99", "0.05")
-        assert (code, out) == (0, f"{MODEL}: 700 tok/s, TTFT p99 within 1.50 s, ITL p99 within 50 ms")
-        assert "(limit 1.50 s)" in pals("status")[1]
-        code, out, _ = pals("target", MODEL, "--throughput", "none", "--ttft-p99", "none", "--itl-p99", "none")
+        code, out, _ = pals("target", MODEL, "--throughput", 700, "--ttft", 1.5, "--tpot", "0.05")
+        assert (code, out) == (0, f"{MODEL}: 700 tok/s, 99% of requests within TTFT 1.5 s and TPOT 50 ms over 300 s")
+        assert "(limit 1.5 s)" in pals("status")[1]
+        code, out, _ = pals("target", MODEL, "--throughput", "none", "--ttft", "none", "--tpot", "none")
         assert (code, out) == (0, f"{MODEL}: all demand")
+        code, _, err = pals("target", MODEL, "--ttft-p99", 1.5)
+        assert (code, "ttft_p99_s is no longer known" in err) == (1, True)
         code, _, err = pals("target", "nobody", "--priority", 1)
         assert (code, err) == (1, f"pals: there is no model 'nobody' in this fleet; it has {MODEL}")
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from pals_ray.gpus.virtual import VirtualDriver
+from pals_ray.types import Slo
 from tests.support.dummies import MAX_BATCH, DummyFleet
 from tests.support.fleets import sampled_limits, wait_for
 
@@ -88,17 +89,18 @@ def test_a_cut_acts_at_once_and_the_cap_comes_back_with_the_budget(serving):
     assert fleet.of(one).batch_limit == MAX_BATCH
 
 
-def test_violations_of_a_target_are_counted_for_each_model_and_priority(serving):
+def test_time_under_a_target_and_a_tpot_that_cannot_be_kept_are_told_of_each_model(serving):
     fleet, one, _ = serving
-    models = [PREDICTED[0] | {"target": {"throughput_tokens_per_s": 100_000, "priority": 2}}]
-    fleet.configure(900, models=models, policy="policies.pals:allocate")
-    before = fleet.status().qos[0]
+    target = {"throughput_tokens_per_s": 100_000, "priority": 2, "slo": {"ttft_s": 2.0, "tpot_s": 0.001}}
+    fleet.configure(900, models=[PREDICTED[0] | {"target": target}], policy="policies.pals:allocate")
     one.block.field("waiting")[0] = 5
     with loaded(fleet, one):
-        wait_for(lambda: fleet.status().qos[0].violations > before.violations, 20, "no violation is counted", 0.2)
+        wait_for(lambda: fleet.status().slos[0].under_target_share, 20, "no interval is under the target", 0.2)
     one.block.field("waiting")[0] = 0
     status = fleet.status()
-    assert (status.qos[0].model, status.qos[0].priority) == ("dummy", 2)
-    assert "tokens/s while requests waited" in status.qos[0].latest
-    assert [row.priority for row in status.qos_by_priority] == [2]
+    (row,) = status.slos
+    assert (row.model, row.priority, row.slo) == ("dummy", 2, Slo(ttft_s=2.0, tpot_s=0.001))
+    assert row.fastest_tpot_s > 0.01
+    assert any("dummy: a TPOT of 1 ms is asked" in note for note in status.notes)
+    assert [(row.model, row.priority) for row in status.slos_by_priority] == [(None, 2)]
     assert fleet.of(one).target.throughput_tokens_per_s == 100_000

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
-from pydantic import ValidationError
-
-from pals_ray.config.fleet import FleetConfig, TargetConfig
+from pals_ray.config.fleet import FleetConfig, parse_fleet_config
 from pals_ray.config.policy_path import load_policy
-from pals_ray.config.reader import ConfigError, explain
+from pals_ray.config.reader import ConfigError
+from pals_ray.config.target import TargetConfig, with_changes
 from pals_ray.control.allocation.replica_parking import ReplicaParking
 from pals_ray.control.ledger.feasible_charges import LedgerConfig
 from pals_ray.control.manager.deployment import DeployedModel, Deployment
 from pals_ray.types import Target
+
+log = logging.getLogger("pals.manager")
+
+
+def stored_config(content: Mapping[str, Any] | None) -> FleetConfig | None:
+    """What the manager before was deployed with; None where it was not, or by a version that took other keys."""
+    if content is None:
+        return None
+    try:
+        return parse_fleet_config(dict(content), "the configuration of the manager before")
+    except ConfigError as error:
+        log.warning("waiting for the next deployment: %s", error)
+        return None
 
 
 def deployment_of(config: FleetConfig) -> Deployment:
@@ -54,7 +66,4 @@ def changed_target(targets: Mapping[str, Target], model: str, changes: Mapping[s
     """A model's target with some values changed. Raises `ConfigError` naming the wrong one, or the models there are."""
     if model not in targets:
         raise ConfigError(f"there is no model {model!r} in this fleet; it has {', '.join(targets)}")
-    try:
-        return TargetConfig.model_validate({**asdict(targets[model]), **changes}).target()
-    except ValidationError as error:
-        raise ConfigError(f"the target of {model} stays as it is:\n{explain(error)}") from error
+    return with_changes(targets[model], changes, f"the target of {model} stays as it is")

@@ -22,13 +22,13 @@ from pals_ray.control.manager.fleet_status import FleetFacts, fleet_notes, fleet
 from pals_ray.control.manager.manager_core import BEAT_S, ManagerCore
 from pals_ray.control.manager.measurement import MeasurementSubject
 from pals_ray.control.manager.over_budget import OverBudget
-from pals_ray.control.manager.slo_accounts import SloAccounts
+from pals_ray.control.manager.slo_accounts import SloAccounts, unreachable
 from pals_ray.control.messages import AgentReport, Answer, Beat, ParkOrder, Registration
 from pals_ray.errors import InfeasibleBudget
 from pals_ray.gpus.gpu_protocol import permission_help
 from pals_ray.runtime.manager.agent_replacement import AgentReplacer
 from pals_ray.runtime.manager.budget_changes import BudgetChanges
-from pals_ray.runtime.manager.configuration import changed_target, deployment_of, same_ledger
+from pals_ray.runtime.manager.configuration import changed_target, deployment_of, same_ledger, stored_config
 from pals_ray.runtime.manager.metrics import FleetMetrics
 from pals_ray.runtime.manager.predictors import Predictors
 from pals_ray.runtime.manager.storage import ManagerState, NewerManager, StateWriter, StorageError, read_state
@@ -66,8 +66,9 @@ class GlobalPowerManager:
         self._over = OverBudget(time.monotonic())
         self._slo = SloAccounts()
         self._metrics = FleetMetrics()
-        if self._state.config is not None:
-            self._restore(parse_fleet_config(dict(self._state.config), "the stored configuration"))
+        stored = stored_config(self._state.config)
+        if stored is not None:
+            self._restore(stored)
         self._beats = asyncio.get_running_loop().create_task(self._run())
 
     def _restore(self, config: FleetConfig) -> None:
@@ -183,7 +184,9 @@ class GlobalPowerManager:
         ledger, devices, deployment = core.ledger, core.registry.devices, core.deployment
         virtual = any(d.gpu.info.provenance is Provenance.MODELLED for d in devices.values())
         configured_w = None if core.moves else deployment.budget_w
-        notes = (*core.notes, *(self._predictors.notes if self._predictors else ()))
+        slos = self._slo.statuses(core.registry, core.targets)
+        predicted = self._predictors.notes if self._predictors else ()
+        notes = (*core.notes, *predicted, *filter(None, map(unreachable, slos)))
         facts = FleetFacts(
             policy=deployment.policy_name,
             version=self._state.version,
@@ -193,7 +196,7 @@ class GlobalPowerManager:
             over_budget_s=self._over.total_s,
             last_settle_s=self._budget.last_settle_s,
             notes=(*notes, *fleet_notes(ledger, core.source, configured_w, now_s)),
-            qos=self._slo.statuses(core.targets),
+            slos=slos,
         )
         return fleet_status(ledger, core.registry.members, core.targets, devices, facts, now_s)
 
@@ -338,7 +341,7 @@ class GlobalPowerManager:
         """Draw above the budget, what the models' clients had of it, and all that as metrics."""
         core, now_s = self._core, time.monotonic()
         self._over.count(measured_w(core.ledger, core.registry.devices), core.ledger.budget_w, now_s)
-        self._slo.observe(core.registry.members, core.targets, now_s)
+        self._slo.observe(core.registry, core.targets, now_s)
         self._metrics.export(self._status())
 
     def _look_after_agents(self) -> None:

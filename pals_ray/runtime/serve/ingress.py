@@ -71,8 +71,8 @@ class PowerIngress(OpenAiIngress):  # type: ignore[misc]
         watts = {"base_w": body.base_w, "range_w": body.range_w, "ceiling_w": body.ceiling_w}
         return await connect_from_actor().follow_signal_async(body.plan().signal(), **watts)
 
-    async def set_power_target(self, model: str, body: dict[str, float | None], request: Request) -> Target:
-        """`PUT /power/targets/{model}`: change fields of a model's target, null for no limit; 400 says why not."""
+    async def set_power_target(self, model: str, body: dict[str, Any], request: Request) -> Target:
+        """`PUT /power/targets/{model}`: change values of a model's target and SLO, null for no limit."""
         _authorise(request)
         try:
             return await connect_from_actor().set_target_async(model, **body)

@@ -6,6 +6,7 @@ import yaml
 
 from pals_ray.config.fleet import load_fleet_config, parse_fleet_config
 from pals_ray.config.reader import ConfigError
+from pals_ray.types import Slo
 
 EXAMPLES = Path(__file__).parents[3] / "deployments" / "examples"
 DEFAULT_CONFIG, H100_CONFIG = EXAMPLES / "tiny.yaml", EXAMPLES / "h100.yaml"
@@ -28,13 +29,15 @@ def test_the_default_fleet_is_two_models_on_four_virtual_a100s():
     assert [(model.model_id, model.num_gpus) for model in fleet.models] == [("tiny-dense", 1), ("tiny-moe", 2)]
     assert (fleet.budget_w, fleet.hardware.virtual.gpu, fleet.hardware.virtual.count) == (1200, "A100-SXM", 4)
     assert (fleet.reserve_w, fleet.overhead.a_w, fleet.overhead.b) == (0, 0, 0)
+    assert {model.target.target().slo for model in fleet.models} == {Slo(ttft_s=4.0, tpot_s=0.2)}
 
 
 def test_the_h100_example_is_a_70b_on_four_and_an_moe_on_two_under_3000_w():
     fleet = load_fleet_config(H100_CONFIG)
     assert [(model.model_id, model.num_gpus) for model in fleet.models] == [("llama-3.1-70b", 4), ("qwen3-30b-a3b", 2)]
     assert (fleet.budget_w, fleet.hardware.kind) == (3000, "nvml")
-    assert all(model.target.target().ttft_p99_s and model.target.target().itl_p99_s for model in fleet.models)
+    slos = [model.target.target().slo for model in fleet.models]
+    assert [(slo.ttft_s, slo.tpot_s) for slo in slos] == [(2.0, 0.2), (2.0, 0.1)]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,9 @@ def test_the_h100_example_is_a_70b_on_four_and_an_moe_on_two_under_3000_w():
         ("models.1.llm_config.model_loading_config.model_id", "tiny-dense", "tiny-dense is there twice"),
         ("models.1.llm_config.model_loading_config", {}, "model_loading_config.model_id"),
         ("models.1.target", {"priority": -1}, "priority"),
+        ("models.1.target", {"slo": {"tpot_s": 0}}, "models.1.target.slo.tpot_s: Input should be greater than 0"),
+        ("models.1.target", {"ttft_p99_s": 1.0}, "models.1.target: ttft_p99_s is no longer known"),
+        ("models.1.slo", {"ttft_s": 1.0}, "models.1: an SLO belongs to the target"),
         ("domains", [{"name": "a", "budget_w": 500, "parent": "b"}], "parent 'b' is not a domain"),
         (
             "domains",

@@ -86,6 +86,18 @@ def test_replicas_that_do_not_fit_are_refused(changed, node, said):
         load_scenario(changed(fleets=[{**fleet, "nodes": [node]}]))
 
 
+def test_a_models_slo_can_be_given_and_its_old_limits_are_refused(changed):
+    fleet = yaml.safe_load((SHIPPED / "regulation.yaml").read_text())["fleets"][0]
+
+    def asked(target):
+        return load_scenario(changed(fleets=[{**fleet, "models": [m | {"target": target} for m in fleet["models"]]}]))
+
+    (spec,) = asked({"slo": {"tpot_s": 0.1}}).fleets
+    assert {model.target.target().slo.tpot_s for model in spec.models} == {0.1}
+    with pytest.raises(ConfigError, match="itl_p99_s is no longer known"):
+        asked({"itl_p99_s": 0.1})
+
+
 def test_an_unknown_name_lists_the_shipped_scenarios():
     with pytest.raises(
         ConfigError, match="demand_response, failures, mixed_fleet, pals_cluster, pals_node, regulation"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pals_ray.control.replica.batch_choice import graph_sizes, snap
-from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
+from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Gains, PidState, Situation
 from pals_ray.control.replica.demand import DemandState
 from pals_ray.control.replica.operating_point import decide
-from pals_ray.control.replica.throughput_feedback import Gains, PidState, pid_step
+from pals_ray.control.replica.throughput_feedback import pid_step
 from pals_ray.types import OperatingPoint, ReplicaTelemetry, Slo, Target
 from tests.support.builders import charge_terms
 

@@ -20,7 +20,7 @@ from pals_ray.runtime.manager.storage import (
     write_state,
 )
 from pals_ray.runtime.messages import AgentSpec
-from pals_ray.types import Target
+from pals_ray.types import Slo, Target
 
 SPEC = AgentSpec(
     replica_id="m#1",
@@ -45,7 +45,7 @@ STATE = ManagerState(
     app="default",
     budget_w=900.5,
     plan=Schedule((Entry(-math.inf, 1.5e9, 800.0, 60.0), Entry(1.6e9, math.inf, 700.5))),
-    targets={"m": Target(ttft_p99_s=1.5, priority=2)},
+    targets={"m": Target(Slo(ttft_s=1.5), priority=2)},
     nodes=(NodeMemo(NODE, True, (ReplicaMemo("m#1", 2, ("GPU-0", "GPU-1")),)),),
     agents={"m#1": SPEC},
     node_keys={"n": "10-0-0-1"},
