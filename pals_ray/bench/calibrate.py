@@ -186,13 +186,12 @@ def calibrate(data: Path) -> tuple[dict[str, SiliconConstants], dict[str, str]]:
         {"V100-SXM2": v100, "A100-SXM": a100, **serving, "RTX PRO 6000": rtx},
         {
             "V100-SXM2": "power law fitted on GridPilot E1 (arXiv 2605.26384); serving constants transferred from H100",
-            "A100-SXM": "power law, voltage floor, clock-bound latency fitted on FACTS's cells of the PALS author's "
-            "sweep (two MoE models, TP 4) and a step's energy in the ML.ENERGY Leaderboard v2 (A100 40 GB); cap margin: "
-            "FACTS; transferred from H100: efficiencies and overheads of serving",
+            "A100-SXM": "power law and clock-bound latency fitted on FACTS's cells of capped serving (PALS) and the "
+            "ML.ENERGY Leaderboard v2; efficiencies and overheads of serving transferred from H100",
             "H100-SXM": f"{mlenergy} and FACTS's cap-to-clock and training tables",
             "B200": f"{mlenergy} and FACTS's capped decode of a 235B MoE",
-            "RTX PRO 6000": "fitted on MMBT's sweep of capped vLLM (two AWQ models, 1 GPU); transferred from H100: "
-            "activations, all-reduces and links, expert imbalance, fabric sharpness",
+            "RTX PRO 6000": "fitted on MMBT's sweep of capped vLLM; activations, links and expert imbalance "
+            "transferred from H100",
         },
     )
 

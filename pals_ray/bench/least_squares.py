@@ -30,9 +30,7 @@ def moved(start: SiliconConstants, spread: dict[str, float], names: Sequence[str
     )
 
 
-def slopes(
-    f: Callable[[FloatArray], FloatArray], x: FloatArray, at_x: FloatArray, step: float = _STEP
-) -> FloatArray:
+def slopes(f: Callable[[FloatArray], FloatArray], x: FloatArray, at_x: FloatArray, step: float = _STEP) -> FloatArray:
     """Jacobian of `f` by forward differences."""
     return np.stack([(f(x + step * e) - at_x) / step for e in np.eye(len(x))], axis=1)
 
