@@ -2,7 +2,7 @@
 
 H100 and B200 are fitted together on the ML.ENERGY file (constants common to both, and a deviation each), with what
 FACTS says of capped GPUs; V100 takes H100's serving constants and its power law from GridPilot's E1. A100 and RTX PRO
-6000 start from H100's and are fitted to capped serving (`capped_serving`).
+6000 start from H100's and are fitted to capped serving (`caps`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import typer
 
-from pals_ray.bench.capped_serving import fit_a100, fit_rtx_pro_6000
-from pals_ray.bench.least_squares import POWER_LAW, SPREAD, gauss_newton, moved, robust, slopes
+from pals_ray.bench.caps.fit import POWER_LAW, SPREAD, gauss_newton, moved, robust, slopes
+from pals_ray.bench.caps.serving import fit_a100, fit_rtx_pro_6000
 from pals_ray.bench.measured_data import Curve, load_gridpilot_e1, load_mlenergy, load_mlenergy_v2, load_mmbt
 from pals_ray.models.physics.constants import SiliconConstants
 from pals_ray.models.physics.roofline import RooflineModel

@@ -23,7 +23,7 @@ from pals_ray.bench.calibrate import (
     h100_capped,
     log_errors,
 )
-from pals_ray.bench.capped_report import a100_section, rtx_section
+from pals_ray.bench.caps.report import a100_section, rtx_section
 from pals_ray.bench.measured_data import (
     Curve,
     StepResponse,

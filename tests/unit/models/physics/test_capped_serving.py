@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pals_ray.bench.capped_report import left_out_errors, rtx_errors
-from pals_ray.bench.capped_serving import A100_CELLS, a100_cells, v2_energy_errors
+from pals_ray.bench.caps.report import left_out_errors, rtx_errors
+from pals_ray.bench.caps.serving import A100_CELLS, a100_cells, v2_energy_errors
 from pals_ray.bench.measured_data import load_mlenergy_v2, load_mmbt
 from pals_ray.models.physics.constants import CONSTANTS
 from pals_ray.models.physics.roofline import RooflineModel, Workload

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pals_ray.bench.least_squares import POWER_LAW, SPREAD, gauss_newton, moved, robust
+from pals_ray.bench.caps.fit import POWER_LAW, SPREAD, gauss_newton, moved, robust
 from pals_ray.models.physics.constants import SiliconConstants
 from pals_ray.models.physics.roofline import RooflineModel, Workload
 from pals_ray.models.physics.step_cost import GroupPhysics
@@ -30,7 +30,7 @@ _GENERATION = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class A100Cells:
+class CapFigures:
     """FACTS's cells of one model: tokens/s at `A100_CAPS_W` over those at 400 W and natural W of one GPU at batch 64,
     and natural W at batch 1."""
 
@@ -44,8 +44,8 @@ A100_CAPS_W = (150.0, 200.0, 250.0, 300.0)
 #: FACTS, "PALS". At batch 1 it gives the draw by how far the constants transferred from H100 were above it, 40 to 50 W:
 #: they drew 228 and 269 W.
 A100_CELLS = (
-    A100Cells("DeepSeek-MoE-16B", (0.59, 0.83, 0.93, 0.97), 312.0, 183.0),
-    A100Cells("Mixtral-8x7B", (0.48, 0.71, 0.86, 0.93), 379.0, 224.0),
+    CapFigures("DeepSeek-MoE-16B", (0.59, 0.83, 0.93, 0.97), 312.0, 183.0),
+    CapFigures("Mixtral-8x7B", (0.48, 0.71, 0.86, 0.93), 379.0, 224.0),
 )
 A100_PARALLELISM = Parallelism(tensor=4)
 #: HellaSwag's prompts and answers, the load of PALS's profiles.
@@ -82,7 +82,7 @@ def a100_cells(model: str, constants: SiliconConstants) -> tuple[FloatArray, Flo
     return said.throughput_tokens_per_s, said.power_w / A100_PARALLELISM.num_gpus
 
 
-def _cell_residuals(cells: A100Cells, constants: SiliconConstants) -> FloatArray:
+def _cell_residuals(cells: CapFigures, constants: SiliconConstants) -> FloatArray:
     tokens, power_w = a100_cells(cells.model, constants)
     relative = tokens[1, 1:5] / tokens[1, 5] - np.array(cells.relative_tokens)
     natural = np.log(power_w[:, 5] / np.array([cells.single_w, cells.natural_w])) / np.array([0.04, 0.03])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pals_ray.bench.capped_serving import A100_CAPS_W, A100_CELLS, a100_cells, fit_rtx_pro_6000, rtx_cells
+from pals_ray.bench.caps.serving import A100_CAPS_W, A100_CELLS, a100_cells, fit_rtx_pro_6000, rtx_cells
 from pals_ray.models.physics.constants import CONSTANTS, SiliconConstants
 from pals_ray.models.power_model import FloatArray
 from pals_ray.plots.tables import markdown_table

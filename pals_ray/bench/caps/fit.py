@@ -1,4 +1,4 @@
-"""Damped least squares over constants, with priors: what `calibrate` and `capped_serving` fit with."""
+"""Damped least squares over constants, with priors: what `calibrate` and `caps.serving` fit with."""
 
 from __future__ import annotations
 
