@@ -1,4 +1,7 @@
-"""Values that cross a process or folder boundary: frozen, with the unit in every name."""
+"""Values that cross a process or folder boundary: frozen, with the unit in every name.
+
+The module is longer than others because all of them are found in one place.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pals_ray.control.allocation.division_adoption import adoption
-from pals_ray.control.allocation.policy_shares import targets_tokens_per_s, falls_short
+from pals_ray.control.allocation.policy_shares import falls_short, targets_tokens_per_s
 from pals_ray.control.snapshot import Domain
 from pals_ray.errors import InfeasibleBudget
 from pals_ray.types import ReplicaTelemetry, Target
