@@ -17,9 +17,9 @@ def adoption(
 ) -> tuple[bool, str]:
     """Whether to adopt a new division, and why: it is forced, helps who falls short, frees replicas or gains over 1 %.
 
-    `forced` says what forces it (None: nothing), `repairs` names the replicas that fall short and would get more. `frees`
-    names replicas that their grants hold down and that would get more at no other replica's cost. What those could
-    serve shows only afterwards, because clients that wait for their answers ask for no more than they are served.
+    `forced` says what forces it (None: nothing), `repairs` names the replicas that fall short and would get more.
+    `frees` names replicas that their grants hold down and that would get more at no other replica's cost. What those
+    could serve shows only afterwards, because clients that wait for their answers ask for no more than they are served.
     Values are per priority class, first class first; the first that differs by more than 1 % decides.
     """
     if forced is not None:

@@ -58,7 +58,7 @@ def test_a_watch_says_mean_watts_tokens_and_the_share_of_violations():
 def test_policies_are_compared_by_their_means():
     rows = (("uniform", 0.2, 0.4, 0), ("pals", 0.1, 0.5, 1), ("pals", 0.0, 0.7, 0), ("uniform", 0.4, 0.4, 0))
     runs = [bench_policies.Run(policy, share, rate, 100.0, 550.0, failed) for policy, share, rate, failed in rows]
-    said = bench_policies.figures(runs)
+    said = bench_policies.figures(runs, "uniform")
     assert said["uniform_attainment"] == pytest.approx(0.3)
     assert said["pals_attainment"] == pytest.approx(0.05)
     assert said["pals_tokens_per_j"] == pytest.approx(0.6)
