@@ -1,4 +1,7 @@
-"""Values that cross a process or folder boundary: frozen, with the unit in every name."""
+"""Values that cross a process or folder boundary: frozen, with the unit in every name.
+
+The module is longer than others because all of them are found in one place.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +58,8 @@ class Slo:
     """What is promised of a model's requests. Limits are s, None where there is none.
 
     A request is good within `ttft_s` (time to first token) and `tpot_s` (time per output token: (last token - first
-    token) / (output tokens - 1)). Of those judged in `window_s` the share `attainment` is to be good. `itl_p99_s` limits
-    the gaps between tokens, of which at most 1 % in the window may be longer; it makes no request late.
+    token) / (output tokens - 1)). Of those judged in `window_s` the share `attainment` is to be good. `itl_p99_s`
+    limits the gaps between tokens, of which at most 1 % in the window may be longer; it makes no request late.
     """
 
     ttft_s: float | None = None
@@ -139,7 +142,8 @@ class Verdicts:
 class EngineTelemetry:
     """One reading of a replica's engine: counters since engine start and gauges now.
 
-    `arrived` requests have come in, `verdicts` are those judged (`pals_ray.control.slo`). Histograms are cumulative counts over `LATENCY_EDGES_S` (one more count than edges: the last is overflow).
+    `arrived` requests have come in, `verdicts` are those judged (`pals_ray.control.slo`). Histograms are cumulative
+    counts over `LATENCY_EDGES_S` (one more count than edges: the last is overflow).
     `steps` and `late_steps` come from the paced worker of a virtual GPU (0 on real ones); `modelled_s` and `wall_s`
     are the summed modelled and real durations of those steps.
     """
@@ -203,7 +207,7 @@ class ReplicaTelemetry:
 
     `running` and `waiting` are now; `running_mean` and `running_least` are over the window that rates are taken over.
     `arriving_per_s` are requests that came in over that window, and `arriving_long_per_s` over the longer one.
-    `prompt_tokens` and `output_tokens` are those of the mean request finished so far; 0 before any has. `verdicts` are
+    `prompt_tokens` and `output_tokens` are those of the mean request; 0 before any has ended. `verdicts` are
     since engine start.
     """
 

@@ -22,7 +22,6 @@ import ray
 import yaml
 
 import pals_ray
-from pals_ray.control.slo import SloState, observe, tally_of
 from pals_ray.engine.control_block import ControlBlock, block_path
 from pals_ray.errors import PalsError
 from pals_ray.gpus.virtual import VirtualDriver
@@ -149,12 +148,12 @@ def _answers(model: str) -> bool:
 @dataclass(slots=True)
 class Watch:
     """What a fleet's counters said, every half second: `time_s` (monotonic), `energy_j` of all GPUs of the node, and
-    output `tokens` of all engines since their start; how each model keeps its SLO, judged on the way."""
+    output `tokens` of all engines since their start; and, by model, the requests judged meanwhile."""
 
     time_s: list[float] = field(default_factory=list)
     energy_j: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    slos: dict[str, SloState] = field(default_factory=dict)
+    verdicts: dict[str, Verdicts] = field(default_factory=dict)
 
     def rates(self) -> tuple[float, float, float]:
         """Mean W, output tokens/s and output tokens/J, from the first look to the last."""
@@ -163,8 +162,8 @@ class Watch:
 
     @property
     def attainment(self) -> float | None:
-        """The share of good requests of those of all models that were judged on the way; None without any."""
-        return sum((state.total for state in self.slos.values()), Verdicts()).attainment
+        """The share of good requests of those judged, of all models together; None without any."""
+        return sum(self.verdicts.values(), Verdicts()).attainment
 
 
 async def watch(served: ServedFleet, duration_s: float) -> Watch:
@@ -173,8 +172,8 @@ async def watch(served: ServedFleet, duration_s: float) -> Watch:
     blocks = {
         row.replica_id: ControlBlock.attach(block_path(served.key, row.replica_id.partition("#")[2])) for row in rows
     }
-    targets = {row.model: row.target for row in rows}
-    gpus, seen = VirtualDriver.attach(served.key).gpus(), Watch(slos={model: SloState() for model in targets})
+    gpus, seen = VirtualDriver.attach(served.key).gpus(), Watch()
+    before = {name: block.telemetry().verdicts for name, block in blocks.items()}
     until_s = time.monotonic() + duration_s
     due_s = time.monotonic()
     while True:
@@ -183,10 +182,11 @@ async def watch(served: ServedFleet, duration_s: float) -> Watch:
         seen.time_s.append(now_s)
         seen.energy_j.append(sum(gpu.energy_j() for gpu in gpus))
         seen.tokens.append(sum(engine.generation_tokens for engine in engines.values()))
-        for model, state in seen.slos.items():
-            tallies = {n: tally_of(e, targets[model].slo) for n, e in engines.items() if n.partition("#")[0] == model}
-            seen.slos[model] = observe(state, now_s, tallies, targets[model])
         if now_s >= until_s:
+            for name, engine in engines.items():
+                model = name.partition("#")[0]
+                judged = engine.verdicts - before[name]
+                seen.verdicts[model] = seen.verdicts.get(model, Verdicts()) + judged
             return seen
         due_s = max(due_s + SAMPLE_S, now_s)
         await asyncio.sleep(due_s - time.monotonic())

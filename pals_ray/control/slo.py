@@ -259,10 +259,10 @@ def by_priority(statuses: Iterable[SloStatus]) -> tuple[SloStatus, ...]:
 
 def _together(priority: int, models: Sequence[SloStatus]) -> SloStatus:
     recent = sum((status.recent for status in models), Verdicts())
-    allowed = sum(status.allowed for status in models)
+    limited = [status for status in models if status.error_budget_left is not None]
+    allowed = sum(status.allowed for status in limited)
     intervals = sum(status.intervals for status in models)
     under = sum((status.under_target_share or 0.0) * status.intervals for status in models)
-    judges = any(status.error_budget_left is not None for status in models)
     return SloStatus(
         model=None,
         priority=priority,
@@ -270,7 +270,7 @@ def _together(priority: int, models: Sequence[SloStatus]) -> SloStatus:
         recent=recent,
         total=sum((status.total for status in models), Verdicts()),
         allowed=allowed,
-        error_budget_left=1.0 - recent.late / allowed if judges else None,
+        error_budget_left=1.0 - recent.late / allowed if limited else None,
         itl_over_share=None,
         under_target_share=under / intervals if intervals else None,
         intervals=intervals,

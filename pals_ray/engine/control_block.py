@@ -5,8 +5,9 @@ block would be unlinked by the resource tracker of whichever side exits first. E
 written by one numpy store, and has exactly one writer:
 
 - header: the owner (the replica's process), once;
-- `batch_limit`: the agent;
+- the agent's orders: batch limit, parked, and the limits that requests are judged by (0: not yet ordered, inf: none);
 - scheduler's fields: `PowerAwareScheduler`, in EngineCore;
+- the judge's record, `RequestWatch`'s, there too, under a sequence lock: requests that came, and verdicts on them;
 - stat logger's record: `PowerStatLogger`, in the owner, under a sequence lock;
 - paced worker's record: rank 0 of a virtual GPU group, under a sequence lock.
 
@@ -30,14 +31,14 @@ from numpy.typing import NDArray
 
 from pals_ray.errors import PalsError
 from pals_ray.processes import ProcessId, identify, is_alive
-from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry
+from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry, Verdicts
 
 #: Names the block to EngineCore, workers and stat logger; set in the replica's environment before its engine starts.
 BLOCK_VARIABLE = "PALS_CONTROL_BLOCK"
 
 _DIRECTORY = Path("/dev/shm")
 _MAGIC = int.from_bytes(b"PALSCTRL", "little")
-_VERSION = 3
+_VERSION = 4
 _NUM_BINS = len(LATENCY_EDGES_S) + 1
 _I, _F = np.int64, np.float64
 _LAYOUT = np.dtype(
@@ -48,6 +49,8 @@ _LAYOUT = np.dtype(
         ("owner_start_ticks", _I),
         ("batch_limit", _I),
         ("parked", _I),
+        ("ttft_limit_s", _F),
+        ("tpot_limit_s", _F),
         ("engine_pid", _I),
         ("engine_start_ticks", _I),
         ("max_batch", _I),
@@ -57,6 +60,13 @@ _LAYOUT = np.dtype(
         ("limit_in_force", _I),
         ("scheduler_running", _I),
         ("scheduler_waiting", _I),
+        ("judge_sequence", _I),
+        ("arrived", _I),
+        ("good", _I),
+        ("late_ttft", _I),
+        ("late_tpot", _I),
+        ("late_failed", _I),
+        ("good_tokens", _I),
         ("logger_sequence", _I),
         ("logger_heartbeat_ns", _I),
         ("running", _I),
@@ -67,6 +77,7 @@ _LAYOUT = np.dtype(
         ("requests_finished", _I),
         ("preemptions", _I),
         ("ttft_counts", _I, (_NUM_BINS,)),
+        ("tpot_counts", _I, (_NUM_BINS,)),
         ("itl_counts", _I, (_NUM_BINS,)),
         ("worker_sequence", _I),
         ("steps", _I),
@@ -77,8 +88,10 @@ _LAYOUT = np.dtype(
 )
 _SAME_NAME_IN_TELEMETRY = (
     *("running", "waiting", "kv_use", "prompt_tokens", "generation_tokens", "requests_finished", "preemptions"),
-    *("max_batch", "steps", "late_steps", "modelled_s", "wall_s"),
+    *("max_batch", "arrived", "steps", "late_steps", "modelled_s", "wall_s"),
 )
+_VERDICTS = ("good", "late_ttft", "late_tpot", "late_failed", "good_tokens")
+_SEQUENCES = ("judge_sequence", "logger_sequence", "worker_sequence")
 
 
 class BlockError(PalsError):
@@ -160,6 +173,12 @@ class ControlBlock:
             raise BlockError(f"batch limit {limit} ordered: the least is 1")
         self._fields["batch_limit"][0] = limit
 
+    def order_latency_limits(self, ttft_limit_s: float, tpot_limit_s: float) -> None:
+        """Order the limits that requests are judged by from the engine's next step on, s; inf where there is none."""
+        if not (ttft_limit_s > 0 and tpot_limit_s > 0):
+            raise BlockError(f"limits of {ttft_limit_s} s and {tpot_limit_s} s ordered: they must be positive")
+        self._fields["ttft_limit_s"][0], self._fields["tpot_limit_s"][0] = ttft_limit_s, tpot_limit_s
+
     def park(self, parked: bool) -> None:
         """Say whether the replica is parked: requests then go to other replicas of its model."""
         self._fields["parked"][0] = parked
@@ -195,7 +214,9 @@ class ControlBlock:
         return EngineTelemetry(
             time_s=time.monotonic(),
             batch_limit=record["limit_in_force"].item(),
+            verdicts=Verdicts(**{name: record[name].item() for name in _VERDICTS}),
             ttft_counts=tuple(record["ttft_counts"].tolist()),
+            tpot_counts=tuple(record["tpot_counts"].tolist()),
             itl_counts=tuple(record["itl_counts"].tolist()),
             **{name: record[name].item() for name in _SAME_NAME_IN_TELEMETRY},
         )
@@ -206,7 +227,7 @@ class ControlBlock:
         After `timeout_s` a writer has died while writing, and the copy is taken as it is: each number is whole, and at
         most one step apart from the others.
         """
-        sequences = (self._fields["logger_sequence"], self._fields["worker_sequence"])
+        sequences = [self._fields[name] for name in _SEQUENCES]
         deadline = time.monotonic() + timeout_s
         while True:
             before = [sequence.item(0) for sequence in sequences]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -12,7 +13,7 @@ from pals_ray.engine.control_block import BLOCK_VARIABLE, ControlBlock, RecordWr
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
+    from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, MultiModalCacheStats, SchedulerStats
 
 
 class PowerStatLogger(StatLoggerBase):  # type: ignore[misc]
@@ -50,7 +51,9 @@ class StatRecord:
         self._generation_tokens = block.field("generation_tokens")
         self._requests_finished = block.field("requests_finished")
         self._preemptions = block.field("preemptions")
-        self._ttft_counts, self._itl_counts = block.field("ttft_counts"), block.field("itl_counts")
+        self._ttft_counts = block.field("ttft_counts")
+        self._tpot_counts = block.field("tpot_counts")
+        self._itl_counts = block.field("itl_counts")
 
     def write(self, scheduler: SchedulerStats | None, iteration: IterationStats | None) -> None:
         """Take over the gauges of `scheduler` and add the counts of `iteration`."""
@@ -67,3 +70,10 @@ class StatRecord:
                 self._preemptions[0] += iteration.num_preempted_reqs
                 add_latencies(self._ttft_counts, iteration.time_to_first_tokens_iter)
                 add_latencies(self._itl_counts, iteration.inter_token_latencies_iter)
+                if iteration.finished_requests:
+                    add_latencies(self._tpot_counts, _tpots_s(iteration.finished_requests))
+
+
+def _tpots_s(finished: Iterable[FinishedRequestStats]) -> list[float]:
+    """TPOT of each request that has one. Those that their clients aborted are not among the finished ones."""
+    return [request.mean_time_per_output_token for request in finished if request.num_generation_tokens > 1]

@@ -73,9 +73,11 @@ class Agent:
                 case commands.ReadLimits(uuids):
                     lowest_w = self._placed.terms.min_limit_w
                     self._do(core.limits_read({u: self.limits_w.get(u, lowest_w) for u in uuids}, now_s), now_s)
-                case commands.SetBatchLimit(limit) if limit != engine.batch_limit:
-                    changed = True
-                    engine.order_batch_limit(limit, now_s)
+                case commands.OrderEngine(limit, _, ttft_limit_s, tpot_limit_s):
+                    engine.judge.ttft_limit_s, engine.judge.tpot_limit_s = ttft_limit_s, tpot_limit_s
+                    if limit != engine.batch_limit:
+                        changed = True
+                        engine.order_batch_limit(limit, now_s)
                 case commands.SetGroupCap(_, cap_w):
                     moves = abs(cap_w - engine.cap.ordered_w) > SAME_LIMIT_W
                     self.decisions += changed or moves

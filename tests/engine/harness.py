@@ -53,12 +53,12 @@ class Engine:
     loop: asyncio.AbstractEventLoop
     llm: object
 
-    def generate(self, max_tokens, prompt="The quick brown fox") -> Future:
-        """Start a request; the future gives its one `CompletionOutput`."""
+    def generate(self, max_tokens, prompt="The quick brown fox", **sampling) -> Future:
+        """Start a request; the future gives its one `CompletionOutput`; cancelling it aborts the request."""
         from vllm import SamplingParams
 
         async def run():
-            params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+            params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling)
             async for output in self.llm.generate({"prompt": prompt}, params, uuid.uuid4().hex):
                 last = output
             return last.outputs[0]

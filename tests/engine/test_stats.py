@@ -1,5 +1,7 @@
 """The stat logger, as vLLM loads and calls it."""
 
+from bisect import bisect_left
+
 import pytest
 from vllm.plugins import STAT_LOGGER_PLUGINS_GROUP, load_plugins_by_group
 from vllm.v1.engine import FinishReason
@@ -7,6 +9,7 @@ from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, Schedule
 
 from pals_ray.engine.control_block import BLOCK_VARIABLE, ControlBlock
 from pals_ray.engine.stat_logger import PowerStatLogger
+from pals_ray.types import LATENCY_EDGES_S
 
 
 @pytest.fixture
@@ -42,7 +45,10 @@ def test_counters_add_up_and_gauges_replace(block):
         iteration.num_generation_tokens = 5
         iteration.prompt_token_stats.total = 7
         iteration.num_preempted_reqs = 1
-        iteration.finished_requests = [FinishedRequestStats(FinishReason.STOP)]
+        iteration.finished_requests = [
+            FinishedRequestStats(FinishReason.STOP, num_generation_tokens=1),
+            FinishedRequestStats(FinishReason.LENGTH, num_generation_tokens=9, mean_time_per_output_token=0.025),
+        ]
         iteration.time_to_first_tokens_iter = [0.5]
         iteration.inter_token_latencies_iter = [0.02, 0.03]
         logger.record(
@@ -54,8 +60,10 @@ def test_counters_add_up_and_gauges_replace(block):
     telemetry = block.telemetry()
     assert (telemetry.running, telemetry.waiting, telemetry.kv_use) == (2, 5, 0.5)
     assert (telemetry.generation_tokens, telemetry.prompt_tokens) == (10, 14)
-    assert (telemetry.preemptions, telemetry.requests_finished) == (2, 2)
+    assert (telemetry.preemptions, telemetry.requests_finished) == (2, 4)
     assert (sum(telemetry.ttft_counts), sum(telemetry.itl_counts)) == (2, 4)
+    # One token has no time per output token.
+    assert sum(telemetry.tpot_counts) == telemetry.tpot_counts[bisect_left(LATENCY_EDGES_S, 0.025)] == 2
 
 
 def test_a_record_of_either_half_alone_is_taken(block):

@@ -40,6 +40,8 @@ def test_the_h100_example_builds_one_replica_per_node_group_with_our_hooks():
         assert options.placement_group_strategy == "STRICT_PACK"
         assert [bundle["GPU"] for bundle in options.placement_group_bundles] == [1] * gpus
         assert bound.init_kwargs["power"].num_gpus == gpus
+        # Serve hands every request on at once: it waits in the engine, which judges it.
+        assert bound._deployment_config.max_ongoing_requests >= 1_000_000
         engine = bound.init_kwargs["llm_config"].get_engine_config().engine_kwargs
         assert engine["scheduler_cls"] == "pals_ray.engine.scheduler.PowerAwareScheduler"
         assert "worker_cls" not in engine

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pals_ray.control.charge import ChargeTerms
-from pals_ray.control.snapshot import Domain, FleetSnapshot, Overhead, ReplicaSnapshot
+from pals_ray.control.snapshot import Arrivals, Domain, FleetSnapshot, Overhead, ReplicaSnapshot
 from pals_ray.models.power_model import Prediction
 from pals_ray.types import Grant
+
+#: Output tokens of a snapshot's mean request.
+OUTPUT_TOKENS = 20.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def replica_snapshot(name: str = "r", *, gpus: int = 1, demand: float | None = N
         grant_w=100 * gpus,
         charge_w=100 * gpus,
         max_batch=64,
-        demand_tokens_per_s=demand,
+        arrivals=None if demand is None else Arrivals(demand / OUTPUT_TOKENS, OUTPUT_TOKENS),
     )
     return replace(plain, **changes)
 

@@ -13,14 +13,15 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
+from math import inf
 
 from pals_ray.control.agent.commands import (
     Command,
     ConfirmGrant,
+    OrderEngine,
     ReadLimits,
     SayHello,
     SendBeat,
-    SetBatchLimit,
     SetGroupCap,
     SetLimits,
 )
@@ -320,12 +321,13 @@ class AgentCore:
         if unread:
             self.reason += f"; held at {most_w:g} W: {', '.join(sorted(unread))} cannot be read"
         self.batch_limit = point.batch_limit
-        batch = SetBatchLimit(point.batch_limit, grant.parked)
+        slo = self.controller.target.slo
+        order = OrderEngine(point.batch_limit, grant.parked, slo.ttft_s or inf, slo.tpot_s or inf)
         if not may_cap:
-            return (batch,)
+            return (order,)
         self._under_way, self._ordered_cap_w = _Task.HOLD_POINT, min(point.cap_w, most_w)
         # The batch limit costs no time to set, and takes seconds to act.
-        return batch, SetGroupCap(dict(self.limits_w), self._ordered_cap_w)
+        return order, SetGroupCap(dict(self.limits_w), self._ordered_cap_w)
 
     def _choose(
         self, most_w: float, in_force_w: float, terms: ChargeTerms, grant: Grant, may_cap: bool, now_s: float

@@ -35,11 +35,14 @@ class SetGroupCap:
 
 
 @dataclass(frozen=True, slots=True)
-class SetBatchLimit:
-    """Tell the engine its batch limit, and whether the request router is to pass the replica by."""
+class OrderEngine:
+    """Tell the engine its batch limit, whether the request router is to pass the replica by, and the limits on TTFT and
+    TPOT that requests are judged by, s; inf where there is none."""
 
     batch_limit: int
     parked: bool
+    ttft_limit_s: float
+    tpot_limit_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,4 +62,4 @@ class ConfirmGrant:
     """A newer grant is in force: the manager is to hear of it at once, by the answer to its push or by a beat."""
 
 
-Command = ReadLimits | SetLimits | SetGroupCap | SetBatchLimit | SayHello | SendBeat | ConfirmGrant
+Command = ReadLimits | SetLimits | SetGroupCap | OrderEngine | SayHello | SendBeat | ConfirmGrant

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pals_ray.control.replica.attainment import attained
+from pals_ray.control.replica.attainment import attained, kept_pace, paced_by
 from pals_ray.control.replica.batch_choice import batch_limits, pinned_column
 from pals_ray.control.replica.prediction import Surface
 from pals_ray.control.snapshot import Arrivals, ReplicaSnapshot
@@ -29,8 +29,8 @@ class ReplicaMenu:
 
     `extra_w` is whole watts above the least charge, `value` as in ARCHITECTURE.md's Words, `share` the predicted
     part of what is wanted that is good, 1 where the SLO is kept, at `cap_w` and `batch_limit`. `floor` is the point of
-    the least grant (minimum share, burst floor), `most_extra_w` what may be granted, `wanted_tokens_per_s` what share 1
-    means.
+    the least grant (minimum share, TTFT, burst floor), `most_extra_w` what may be granted, `wanted_tokens_per_s` what
+    share 1 means.
     """
 
     extra_w: FloatArray
@@ -61,6 +61,8 @@ def replica_menu(
     part = wanted / max(arrivals.tokens_per_s, 1e-9)
     found = attained(on, chosen, arrivals.times(part), slo)
     share = np.minimum(found.good_share / slo.attainment, 1.0) if wanted > 0 else np.ones(len(caps))
+    if paced_by(replica.target, wanted):
+        share = share * kept_pace(on, found.running, float(on.itl_p99_s[-1, -1]))
     power_w = found.power_w
 
     gpu_w = np.where(honours, replica.num_gpus * on.cap_w, np.maximum(replica.num_gpus * on.cap_w, power_w))
@@ -82,7 +84,7 @@ def replica_menu(
     served = np.minimum(capacity, wanted)
     value = replica.target.weight * (share * wanted + VALUE_PER_TOKEN * served) * paid
     value = value - VALUE_PER_W * (replica.least_charge_w + extra_w)
-    floor = _floor(replica, share[kept], extra_w[kept], wanted > 0)
+    floor = _floor(replica, on, share[kept], extra_w[kept], wanted > 0)
     return ReplicaMenu(
         extra_w[kept], value[kept], share[kept], on.cap_w[kept], on.batch[chosen][kept], floor, most_extra_w, wanted
     )
@@ -116,10 +118,12 @@ def most_charge_w(replica: ReplicaSnapshot, natural_draw_w: float) -> float:
     return min(charge_w, replica.most_charge_w)
 
 
-def _floor(replica: ReplicaSnapshot, share: FloatArray, extra_w: FloatArray, has_demand: bool) -> int:
-    """The first point that gives the burst floor and, with demand, the minimum share."""
+def _floor(replica: ReplicaSnapshot, on: Surface, share: FloatArray, extra_w: FloatArray, has_demand: bool) -> int:
+    """The first point that gives the burst floor and, with demand, the minimum share and a TTFT that can be met."""
     wished = [np.flatnonzero(extra_w >= min(replica.target.burst_floor_w - replica.least_charge_w, extra_w[-1]))]
     if has_demand:
         wished.append(np.flatnonzero(share >= min(replica.target.min_share, share.max())))
+        if replica.target.slo.ttft_s is not None:
+            wished.append(np.flatnonzero((on.ttft_p50_s <= replica.target.slo.ttft_s).any(axis=1)))
     last = len(extra_w) - 1
     return 0 if replica.parked else min(max((int(points[0]) for points in wished if len(points)), default=0), last)

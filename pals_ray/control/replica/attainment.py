@@ -17,7 +17,7 @@ from scipy.special import ndtr
 from pals_ray.control.replica.prediction import Surface
 from pals_ray.control.snapshot import Arrivals
 from pals_ray.models.power_model import FloatArray
-from pals_ray.types import Slo
+from pals_ray.types import Slo, Target
 
 #: The 99th percentile of a normal deviate.
 _P99 = 2.326
@@ -55,11 +55,19 @@ def attained(on: Surface, column: np.ndarray, arrivals: Arrivals, slo: Slo) -> A
     log_weight -= np.maximum(np.where(inside, log_weight, 0.0).max(axis=1, keepdims=True), 0.0)
     fall = np.maximum(np.abs(step), 1e-9)
     upper = np.where(step > 0.0, log_weight, log_weight - step)
-    summed = np.exp(upper) * np.expm1(-fall) / np.expm1(-fall / gap)
+    summed = np.exp(np.minimum(upper, 50.0)) * np.expm1(-fall) / np.expm1(-fall / gap)
     # From the larger end: where weights fall that is the state before, which belongs to the interval before.
     summed = np.where(step > 0.0, summed, summed * np.exp(-fall / gap))
-    weight = np.concatenate((np.exp(log_weight[:, :1] - step[:, :1]), np.where(inside, summed, 0.0)), axis=1)
+    empty = np.exp(np.minimum(log_weight[:, :1] - step[:, :1], 50.0))
+    weight = np.concatenate((empty, np.where(inside, summed, 0.0)), axis=1)
     last = np.exp(log_weight[caps, column])
+    place = np.where(fall < 1e-3, 0.5, np.sign(step) * (1.0 / -np.expm1(-fall) - 1.0 / fall - 0.5) + 0.5)
+    place = np.where(gap > 1.0, np.minimum(place + 0.5 / gap, 1.0), 1.0)
+
+    def summed_up(values: FloatArray) -> FloatArray:
+        """(C,): the sum of values at the batches 0, ... by weight, in each interval at the weights' mean place."""
+        inner = values[..., :-1] + place * (values[..., 1:] - values[..., :-1])
+        return np.asarray(weight[:, 0] * values[..., 0] + (weight[:, 1:] * inner).sum(axis=1))
 
     good = np.ones((len(caps), len(batch) + 1))
     wait_s = np.full(len(caps), np.inf)
@@ -78,20 +86,33 @@ def attained(on: Surface, column: np.ndarray, arrivals: Arrivals, slo: Slo) -> A
     ends_per_s = on.capacity_tokens_per_s[caps, column] / max(arrivals.output_tokens, 1.0)
     log_tail = log_ratio[caps, column] / arrivals.peakedness
     places = np.minimum(np.floor(wait_s * ends_per_s), 1e6)
-    waiting, beyond = _geometric(log_tail, places)
-    queue_good = good[caps, column + 1] * last * waiting
-    inner = (weight * _middle(good)).sum(axis=1)
-    total = weight.sum(axis=1) + last * waiting
+    waiting, beyond = (last * part for part in _geometric(log_tail, places))
     turned_away = last * np.exp(np.minimum(log_tail * (places + 1.0), 50.0))
-    running = (weight @ _middle(np.concatenate(([0.0], batch))) + last * waiting * batch[column]) / total
-    drawn = np.concatenate((on.power_w[:, :1], on.power_w), axis=1)
-    power_w = ((weight * _middle(drawn)).sum(axis=1) + last * waiting * on.power_w[caps, column]) / total
+    inside_or_waiting, all_of_them = weight.sum(axis=1) + waiting, weight.sum(axis=1) + waiting + beyond
+    good_ones = summed_up(good) + good[caps, column + 1] * waiting
+    drawn_w = np.concatenate((on.power_w[:, :1], on.power_w), axis=1)
+    full_w = on.power_w[caps, column]
     return Attained(
-        attainment=(inner + queue_good) / (total + last * beyond),
-        good_share=(inner + queue_good) / (total + turned_away),
-        running=running,
-        power_w=power_w,
+        attainment=good_ones / all_of_them,
+        good_share=good_ones / (inside_or_waiting + turned_away),
+        running=(summed_up(np.concatenate(([0.0], batch))) + (waiting + beyond) * batch[column]) / all_of_them,
+        power_w=(summed_up(drawn_w) + (waiting + beyond) * full_w) / all_of_them,
     )
+
+
+def paced_by(target: Target, wanted_tokens_per_s: float) -> bool:
+    """Whether a replica is to keep the pace that its engine was started for: without SLO and tokens/s target."""
+    return not target.slo.judges and target.throughput_tokens_per_s is None and wanted_tokens_per_s > 0.0
+
+
+def kept_pace(on: Surface, running: FloatArray, slowest_s: float) -> FloatArray:
+    """(C,): 1, or less where the p99 gap between tokens is longer than `slowest_s` while so many run at each cap (C,).
+
+    That is the gap of a full batch at the highest cap. Clients that wait for an answer before they ask again send less
+    to a slower replica, so without this each cut of the cap would justify the next.
+    """
+    at = np.minimum(np.searchsorted(on.batch, running), len(on.batch) - 1)
+    return np.asarray(np.minimum(slowest_s / on.itl_p99_s[np.arange(len(running)), at], 1.0))
 
 
 def mean_tpot_s(on: Surface) -> FloatArray:
@@ -103,11 +124,6 @@ def tpot_p99_s(on: Surface, output_tokens: float) -> FloatArray:
     """(C, B): the p99 of TPOT, s: a request's is the mean over its gaps, of which few tokens have few."""
     tpot_s = mean_tpot_s(on)
     return np.asarray(tpot_s + np.maximum(on.itl_p99_s - tpot_s, 0.0) / np.sqrt(max(output_tokens - 1.0, 1.0)))
-
-
-def _middle(values: FloatArray) -> FloatArray:
-    """(..., B + 1): the first, and then the mean over each interval, of values at the batches 0, ... of the surface."""
-    return np.concatenate((values[..., :1], (values[..., :-1] + values[..., 1:]) / 2.0), axis=-1)
 
 
 def _share_within(p50_s: FloatArray, p99_s: FloatArray, limit_s: float) -> FloatArray:

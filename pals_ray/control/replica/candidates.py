@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pals_ray.control.replica.attainment import attained
+from pals_ray.control.replica.attainment import attained, kept_pace, paced_by
 from pals_ray.control.replica.batch_choice import EPS, batch_limits, pinned_column
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
 from pals_ray.control.replica.prediction import Surface
@@ -72,13 +72,13 @@ def candidates(
         column = np.full(len(caps), pinned_column(on, seen.pin_batch_limit))
     capacity = on.capacity_tokens_per_s[caps, column]
     share = min(wanted / max(arrivals.tokens_per_s, EPS), 1.0)
-    planned = arrivals.times(share)
+    planned = arrivals.times(share * state.need)
     found = attained(on, column, planned, slo)
     drains = np.minimum(capacity / max(_to_serve_now(arrivals, wanted, state, seen), EPS), 1.0)
     needed = wanted * state.need * (1.0 + config.margin)
-    served = np.minimum(capacity / max(needed, EPS), 1.0) * drains * _not_slower(on, found.running, seen, wanted)
+    served = np.minimum(capacity / max(needed, EPS), 1.0) * drains * _pace(on, found.running, seen, wanted)
 
-    keeps = (found.attainment >= 1.0 - SPEND * (1.0 - slo.attainment)) & (served >= 1.0 - EPS)
+    keeps = (found.attainment >= 1.0 - SPEND * (1.0 - slo.attainment)) & (served >= 1.0 - EPS) | (wanted == 0.0)
     return Candidates(
         cap_w=on.cap_w,
         batch_limit=on.batch[column],
@@ -94,21 +94,17 @@ def _to_serve_now(arrivals: Arrivals, wanted: float, state: ControllerState, see
     """Tokens/s to be served while requests wait: enough that the last of them starts within half its TTFT limit, and
     where there is none within the time that those running, half done on average, still take."""
     waiting, limit_s = seen.telemetry.waiting, seen.target.slo.ttft_s
-    if waiting == 0 or state.queue_since_s is None:
+    # Under a tokens/s target those beyond it wait as they may.
+    if waiting == 0 or state.queue_since_s is None or seen.target.throughput_tokens_per_s is not None:
         return 0.0
     if limit_s is not None:
         return waiting * arrivals.output_tokens / (0.5 * limit_s)
     return wanted * (1.0 + 2.0 * waiting / max(seen.telemetry.running, 1))
 
 
-def _not_slower(on: Surface, running: FloatArray, seen: Situation, wanted: float) -> FloatArray:
-    """(C,): 1, or less where steps are slower than those of a full batch at the highest cap, without SLO and target.
-
-    The engine was started for such steps. Clients that wait for an answer before they ask again send less to a slower
-    replica, so without this each cut of the cap would justify the next.
-    """
-    if seen.target.slo.judges or seen.target.throughput_tokens_per_s is not None or wanted == 0.0 or seen.model is None:
-        return np.ones_like(running)
-    at = np.minimum(np.searchsorted(on.batch, np.maximum(running, seen.telemetry.running)), len(on.batch) - 1)
-    slowest_s = float(seen.model.predict(seen.terms.max_limit_w, seen.max_batch).itl_p99_s)
-    return np.asarray(np.minimum(slowest_s / on.itl_p99_s[np.arange(len(running)), at], 1.0))
+def _pace(on: Surface, running: FloatArray, seen: Situation, wanted: float) -> FloatArray:
+    """(C,): `kept_pace` of the points, where only that says how slow a replica may become; else 1."""
+    if paced_by(seen.target, wanted) and seen.model is not None:
+        slowest_s = float(seen.model.predict(seen.terms.max_limit_w, seen.max_batch).itl_p99_s)
+        return kept_pace(on, np.maximum(running, seen.telemetry.running), slowest_s)
+    return np.ones_like(running)

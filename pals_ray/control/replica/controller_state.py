@@ -8,9 +8,35 @@ from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.demand import DemandState
 from pals_ray.control.replica.latency_feedback import LatencyFeedback
 from pals_ray.control.replica.slo_feedback import SloFeedback
-from pals_ray.control.replica.throughput_feedback import Gains, PidState
 from pals_ray.models.power_model import PowerModel
 from pals_ray.types import Expected, OperatingPoint, ReplicaTelemetry, Target
+
+
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """PID on the relative error e = 1 - served / wanted; the output is a factor exp(u), u within +-log 2.
+
+    `proportional` is u per unit of e, `integral_per_s` u per unit and second, `derivative_s` u per unit/s. Errors
+    within `dead_band` count as none; a larger one must have lasted `persist_s` before it counts. While there is no
+    error to see but capacity to spare, the integral decays with `unwind_s`. The throughput behind e is a mean over
+    5 s, so the integral must stay well below 1 / 2.5 s, the inverse of its delay.
+    """
+
+    proportional: float = 0.3
+    integral_per_s: float = 0.1
+    derivative_s: float = 0.3
+    dead_band: float = 0.01
+    persist_s: float = 1.5
+    unwind_s: float = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class PidState:
+    """The integral (of log factor), the error last seen, and since when it has been beyond the dead band, s."""
+
+    integral: float = 0.0
+    error: float | None = None
+    beyond_since_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import numpy as np
 from pals_ray.control.replica.batch_choice import EPS
 from pals_ray.control.replica.candidates import Candidates
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
+from pals_ray.control.replica.demand import SILENT_PER_S
 
 
 def firm_cut(firm: Candidates, here: int) -> int:
@@ -24,7 +25,7 @@ def next_cap(
     """The candidate to take next on the way from `here` to `best`, within dwell and slew, and why."""
     gain = found.score[best] - found.score[here]
     saving = 1.0 - found.power_w[best] / max(found.power_w[here], EPS)
-    resting = best < here and state.demand.per_s == 0.0
+    resting = best < here and state.demand.per_s < SILENT_PER_S
     if best == here or (gain < config.least_gain and saving < config.least_saving and not resting):
         return here, "stays: nothing to gain"
     since_s = seen.now_s - state.cap_changed_s

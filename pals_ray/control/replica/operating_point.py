@@ -11,13 +11,16 @@ from dataclasses import replace
 
 import numpy as np
 
+from pals_ray.control.replica.attainment import tpot_p99_s
 from pals_ray.control.replica.batch_choice import EPS, graph_sizes, limit_under_kv_pressure, paced_limit, snap
 from pals_ray.control.replica.candidates import candidates, cap_axis_w
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Decision, Situation
 from pals_ray.control.replica.demand import RATE_LAG_S
 from pals_ray.control.replica.hysteresis import firm_cut, next_cap
-from pals_ray.control.replica.prediction import predict_at
-from pals_ray.control.replica.target_feedback import with_latency, with_throughput
+from pals_ray.control.replica.latency_feedback import LatencyFeedback
+from pals_ray.control.replica.prediction import Surface, predict_at
+from pals_ray.control.replica.throughput_feedback import with_throughput
+from pals_ray.models.power_model import FloatArray
 from pals_ray.types import Expected, OperatingPoint
 
 DEFAULTS = ControllerConfig()
@@ -53,7 +56,7 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig = D
     wanted = arrivals.tokens_per_s if target is None else min(arrivals.tokens_per_s, target)
     state = with_throughput(state, seen, config, on, here)
     if state.demand.seen_s > RATE_LAG_S:
-        state = with_latency(state, seen, on, here)
+        state = _with_latency(state, seen, on, here)
     found = candidates(on, arrivals, wanted, state, seen, config)
     best = found.best()
     if best < here and found.score[best] >= 1.0 - EPS:
@@ -84,6 +87,25 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig = D
     return _decided(state, seen, point, _reason(seen, point, expected, why), expected)
 
 
+def _with_latency(state: ControllerState, seen: Situation, on: Surface, here: int) -> ControllerState:
+    """The state with what measured latencies say of the predicted ones at the cap in force and what runs."""
+    telemetry, dt_s, before = seen.telemetry, state.step_s, state.latency
+    if telemetry.running == 0:
+        return state
+
+    def now(values: FloatArray) -> float:
+        return float(np.interp(telemetry.running_mean, on.batch, values[here]))
+
+    return replace(
+        state,
+        latency=LatencyFeedback(
+            before.ttft_p50.after(telemetry.ttft.p50_s, now(on.ttft_p50_s), dt_s),
+            before.ttft_p99.after(telemetry.ttft.p99_s, now(on.ttft_p99_s), dt_s),
+            before.tpot_p99.after(telemetry.tpot.p99_s, now(tpot_p99_s(on, telemetry.output_tokens)), dt_s),
+        ),
+    )
+
+
 def _learnt(state: ControllerState, seen: Situation, config: ControllerConfig) -> ControllerState:
     """The state at this instant, with what telemetry says. After a clock went back all waiting times begin anew."""
     now_s = seen.now_s
@@ -100,7 +122,7 @@ def _learnt(state: ControllerState, seen: Situation, config: ControllerConfig) -
         )
     dt_s = min(now_s - state.last_s, config.most_step_s)
     since_s = (state.queue_since_s if state.queue_since_s is not None else now_s) if seen.telemetry.waiting else None
-    demand = state.demand.after(seen.telemetry, dt_s) if dt_s > 0.0 else state.demand
+    demand = state.demand.after(seen.telemetry, dt_s)
     # Requests that came before demand was known were served at caps that nobody had chosen for them.
     knows = demand.seen_s > RATE_LAG_S
     slo = state.slo.after(seen.telemetry.verdicts, seen.target.slo, dt_s if knows else 0.0, servable=state.servable)

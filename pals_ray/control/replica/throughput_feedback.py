@@ -3,37 +3,52 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
+
+import numpy as np
+
+from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Gains, PidState, Situation
+from pals_ray.control.replica.prediction import Surface
 
 #: A correction doubles or halves at most.
 _MOST_LOG = math.log(2.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Gains:
-    """PID on the relative error e = 1 - served / wanted; the output is a factor exp(u), u within +-log 2.
+def with_throughput(
+    state: ControllerState, seen: Situation, config: ControllerConfig, on: Surface, here: int
+) -> ControllerState:
+    """The state with `need` brought up to date; `here` is the row of the cap in force in the surface."""
+    telemetry, dt_s = seen.telemetry, state.step_s
+    now = float(np.interp(telemetry.running, on.batch, on.capacity_tokens_per_s[here])) if telemetry.running else 0.0
+    before = state.predicted_tokens_per_s
+    predicted = now if before is None else before + (now - before) * (1.0 - math.exp(-dt_s / config.predicted_s))
+    queue = state.queue_since_s is not None and seen.now_s - state.queue_since_s >= config.gains.persist_s
+    limit = state.point.batch_limit if state.point is not None else 0
+    pid, need = pid_step(
+        state.pid,
+        _error(predicted, seen, config) if queue else None,
+        seen.now_s,
+        dt_s,
+        config.gains,
+        at_most=here == len(on.cap_w) - 1,
+        at_least=here == 0,
+        spare=telemetry.waiting == 0 and telemetry.running < config.spare_share * limit,
+    )
+    return replace(state, predicted_tokens_per_s=predicted, pid=pid, need=need)
 
-    `proportional` is u per unit of e, `integral_per_s` u per unit and second, `derivative_s` u per unit/s. Errors
-    within `dead_band` count as none; a larger one must have lasted `persist_s` before it counts. While there is no
-    error to see but capacity to spare, the integral decays with `unwind_s`. The throughput behind e is a mean over
-    5 s, so the integral must stay well below 1 / 2.5 s, the inverse of its delay.
+
+def _error(predicted: float, seen: Situation, config: ControllerConfig) -> float | None:
+    """1 - served / what was to be served while requests wait: the target, or the model's prediction if that is less.
+
+    Serving more than the target is an error too; serving more than was predicted is none (None).
     """
-
-    proportional: float = 0.3
-    integral_per_s: float = 0.1
-    derivative_s: float = 0.3
-    dead_band: float = 0.01
-    persist_s: float = 1.5
-    unwind_s: float = 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class PidState:
-    """The integral (of log factor), the error last seen, and since when it has been beyond the dead band, s."""
-
-    integral: float = 0.0
-    error: float | None = None
-    beyond_since_s: float | None = None
+    target = seen.target.throughput_tokens_per_s
+    aim = predicted if target is None else min(predicted, target)
+    if aim <= 0:
+        return None
+    error = 1.0 - seen.telemetry.throughput_tokens_per_s / aim
+    targeted = target is not None and aim >= target * (1.0 - config.gains.dead_band)
+    return error if error > 0 or targeted else None
 
 
 def pid_step(

@@ -144,8 +144,9 @@ class PowerAgent:
                     self._call(
                         gpus.set_group(limits_w, cap_w), lambda now_w, at_s: core.limits_set(now_w, at_s, gpus.held_by)
                     )
-                case commands.SetBatchLimit(limit, parked) if self._block is not None:
+                case commands.OrderEngine(limit, parked, ttft_limit_s, tpot_limit_s) if self._block is not None:
                     self._block.order_batch_limit(limit)
+                    self._block.order_latency_limits(ttft_limit_s, tpot_limit_s)
                     self._block.park(parked)
                 case commands.SendBeat():
                     self._tell()

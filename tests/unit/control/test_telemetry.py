@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pals_ray.control.telemetry import Reading, TelemetryWindow, quantile_s
-from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry
+from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry, Verdicts
 
 BUCKETS = len(LATENCY_EDGES_S) + 1
 EMPTY = (0,) * BUCKETS
@@ -14,7 +14,8 @@ EMPTY = (0,) * BUCKETS
 def engine(**kwargs):
     zero = EngineTelemetry(
         time_s=0, running=0, waiting=0, kv_use=0, prompt_tokens=0, generation_tokens=0, requests_finished=0,
-        preemptions=0, batch_limit=16, max_batch=16, ttft_counts=EMPTY, itl_counts=EMPTY,
+        preemptions=0, batch_limit=16, max_batch=16, arrived=0, verdicts=Verdicts(),
+        ttft_counts=EMPTY, tpot_counts=EMPTY, itl_counts=EMPTY,
     )  # fmt: skip
     return dataclasses.replace(zero, **kwargs)
 
@@ -56,32 +57,23 @@ def test_rates_are_over_the_short_window_and_latencies_over_the_long_one():
     assert seen.running == 3
 
 
-def test_recent_latencies_are_over_as_long_as_is_asked():
+def test_what_arrives_is_told_over_both_windows_served_or_not():
     window = TelemetryWindow(rate_s=5, latency_s=60)
-    slow = histogram([0.5] * 100)
-    for t in range(31):
-        window.add(Reading(t, engine(itl_counts=slow if t >= 15 else EMPTY), energy_j=0.0, power_w=1))
-    assert window.summary().itl.recent_p99_s is None
-    window.recent_s = 20
-    window.add(Reading(31, engine(itl_counts=slow), energy_j=0.0, power_w=1))
-    assert window.summary().itl.recent_p99_s == pytest.approx(0.5, rel=0.06)
-
-
-def test_what_arrives_is_told_by_requests_that_come_in_served_or_not():
-    window = TelemetryWindow(rate_s=5, latency_s=60)
-    for t in range(0, 121, 10):
-        # One request of 100 tokens a second comes in, every other one has to wait.
-        window.add(
-            Reading(
-                t,
-                engine(time_s=t, generation_tokens=50 * t + 200, requests_finished=t // 2, running=4, waiting=t // 2),
-                energy_j=0.0,
-                power_w=1,
-            )
-        )
+    for t in range(121):
+        # One request of 100 tokens a second comes in, and two in the last 10 s; every other one has to wait.
+        came = t + max(t - 110, 0)
+        ended = t // 2
+        reading = engine(
+            time_s=t, arrived=came, generation_tokens=100 * ended + 200, prompt_tokens=30 * (ended + 4),
+            requests_finished=ended, running=4, waiting=came - ended - 4,
+        )  # fmt: skip
+        window.add(Reading(t, reading, energy_j=0.0, power_w=1))
         if t == 0:
-            assert window.summary().arriving_tokens_per_s == 0.0
-    assert window.summary().arriving_tokens_per_s == pytest.approx(100, rel=0.01)
+            assert window.summary().output_tokens == 0.0
+    seen = window.summary()
+    assert seen.arriving_per_s == pytest.approx(2.0)
+    assert seen.arriving_long_per_s == pytest.approx(70 / 60)
+    assert (seen.prompt_tokens, seen.output_tokens) == (pytest.approx(30), pytest.approx(100, rel=0.01))
 
 
 def test_what_ran_is_told_as_it_is_now_on_average_and_at_least():

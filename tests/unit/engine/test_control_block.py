@@ -23,7 +23,7 @@ from pals_ray.engine.control_block import (
     sweep,
 )
 from pals_ray.processes import identify
-from pals_ray.types import LATENCY_EDGES_S
+from pals_ray.types import LATENCY_EDGES_S, Verdicts
 
 COUNTERS = ("prompt_tokens", "generation_tokens", "requests_finished", "preemptions")
 
@@ -56,6 +56,24 @@ def test_a_limit_below_one_is_refused_and_changes_nothing(node):
     assert block.field("batch_limit").item(0) == 3
 
 
+def test_latency_limits_are_unordered_in_a_fresh_block_and_may_be_none(node):
+    agent = ControlBlock.create(block_path(node, "r"))
+    limits = [ControlBlock.attach(agent.path).field(name) for name in ("ttft_limit_s", "tpot_limit_s")]
+    assert [limit.item(0) for limit in limits] == [0.0, 0.0]
+    agent.order_latency_limits(2.0, float("inf"))
+    assert [limit.item(0) for limit in limits] == [2.0, float("inf")]
+
+
+@pytest.mark.parametrize("wrong_s", [0.0, -1.0, float("nan")])
+def test_latency_limits_that_are_none_such_are_refused_and_change_nothing(node, wrong_s):
+    block = ControlBlock.create(block_path(node, "r"))
+    block.order_latency_limits(2.0, 0.1)
+    for limits_s in ((wrong_s, 0.2), (3.0, wrong_s)):
+        with pytest.raises(BlockError, match="must be positive"):
+            block.order_latency_limits(*limits_s)
+    assert (block.field("ttft_limit_s").item(0), block.field("tpot_limit_s").item(0)) == (2.0, 0.1)
+
+
 def test_every_field_is_an_aligned_word(node):
     block = ControlBlock.create(block_path(node, "r"))
     for name in control_block._LAYOUT.names:
@@ -68,19 +86,24 @@ def test_telemetry_returns_what_the_engine_wrote(node):
     block = ControlBlock.create(block_path(node, "r"))
     written = {
         **dict.fromkeys(("running", "waiting", "max_batch", "steps", "late_steps"), 0),
+        "arrived": 20,
         **{name: 10 + i for i, name in enumerate(COUNTERS)},
         "kv_use": 0.25,
         "modelled_s": 1.5,
         "wall_s": 1.75,
     }
-    for name, value in written.items():
+    verdicts = {"good": 5, "late_ttft": 4, "late_tpot": 3, "late_failed": 2, "good_tokens": 50}
+    for name, value in (written | verdicts).items():
         block.field(name)[0] = value
     block.field("limit_in_force")[0] = 4
     add_latencies(block.field("itl_counts"), [0.02, 0.02, 1000.0])
+    add_latencies(block.field("tpot_counts"), [0.02])
     before_s = time.monotonic()
     telemetry = ControlBlock.attach(block.path).telemetry()
     assert {name: getattr(telemetry, name) for name in written} == written
+    assert telemetry.verdicts == Verdicts(**verdicts)
     assert telemetry.batch_limit == 4
+    assert sum(telemetry.tpot_counts) == 1
     assert sum(telemetry.itl_counts) == 3
     assert telemetry.itl_counts[-1] == 1
     assert sum(telemetry.ttft_counts) == 0
@@ -187,16 +210,17 @@ def test_a_record_is_never_read_half_written(node):
         writer.wait()
 
 
-def test_a_writer_that_died_within_a_record_blocks_neither_readers_nor_its_successor(node):
+@pytest.mark.parametrize("sequence", ["judge_sequence", "logger_sequence", "worker_sequence"])
+def test_a_writer_that_died_within_a_record_blocks_neither_readers_nor_its_successor(node, sequence):
     block = ControlBlock.create(block_path(node, "r"))
-    block.field("logger_sequence")[0] = 3
+    block.field(sequence)[0] = 3
     block.field("generation_tokens")[0] = 9
     started_s = time.monotonic()
     assert block.telemetry().generation_tokens == 9
     assert time.monotonic() - started_s < 1.0
-    with RecordWriter(block.field("logger_sequence")):
-        assert block.field("logger_sequence").item(0) % 2 == 1
-    assert block.field("logger_sequence").item(0) % 2 == 0
+    with RecordWriter(block.field(sequence)):
+        assert block.field(sequence).item(0) % 2 == 1
+    assert block.field(sequence).item(0) % 2 == 0
 
 
 @given(st.lists(st.floats(0, 500) | st.sampled_from(LATENCY_EDGES_S), max_size=60))

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pals_ray.control.allocation.budget_tree import BudgetTree
-from pals_ray.control.snapshot import Domain, FleetSnapshot, Overhead, ReplicaSnapshot
-from pals_ray.types import ReplicaTelemetry, Target
+from pals_ray.control.snapshot import Arrivals, Domain, FleetSnapshot, Overhead, ReplicaSnapshot
+from pals_ray.types import ReplicaTelemetry, Slo, Target
 from tests.support.builders import StubModel
 
 POLICIES = ["uniform", "proportional", "batch_only", "power_only", "slack_steal", "pals", "exact"]
@@ -44,9 +44,8 @@ def snapshots(draw):
                 max_batch=draw(st.sampled_from([8, 64, 256])),
                 overhead=overhead,
                 target=Target(
+                    Slo(*(draw(st.none() | st.floats(0.01, 1)) for _ in range(2))),
                     throughput_tokens_per_s=draw(st.none() | st.floats(0, 2000)),
-                    ttft_p99_s=draw(st.none() | st.floats(0.01, 1)),
-                    itl_p99_s=draw(st.none() | st.floats(0.01, 1)),
                     priority=draw(st.integers(0, 2)),
                     min_share=draw(st.floats(0, 1)),
                     burst_floor_w=draw(st.floats(0, 3000)),
@@ -58,7 +57,7 @@ def snapshots(draw):
                     binding_share=draw(st.sampled_from([0.0, 1.0])),
                 ),
                 natural_draw_w=draw(st.none() | st.floats(50 * gpus, high * gpus)),
-                demand_tokens_per_s=draw(st.none() | st.floats(0, 5000)),
+                arrivals=draw(st.none() | st.builds(Arrivals, st.floats(0, 50), st.floats(1, 500))),
                 parked=draw(st.booleans()),
             )
         )

@@ -1,27 +1,29 @@
 """The agent's core on devices that a dictionary stands for: grants, leases, parking, a controller that fails."""
 
 from dataclasses import replace
+from math import inf
 
 import pytest
 
 from pals_ray.control.agent.agent_core import AgentCore
 from pals_ray.control.agent.commands import (
     ConfirmGrant,
+    OrderEngine,
     ReadLimits,
     SayHello,
     SendBeat,
-    SetBatchLimit,
     SetGroupCap,
     SetLimits,
 )
 from pals_ray.control.messages import Answer, NodeGpu, ParkOrder, Reply
 from pals_ray.control.replica.replica_controller import ReplicaController
-from pals_ray.types import GpuInfo, Provenance, Target
+from pals_ray.types import GpuInfo, Provenance, Slo, Target
 from tests.support.builders import charge_terms, grant
 
 GPUS = ("g0", "g1")
 TERMS = charge_terms(gpus=2, node_gpus=2)
 GRANT = grant(3, 1, lease_s=60.0)
+NO_SLO = Slo()
 
 
 class Broken:
@@ -40,7 +42,7 @@ class Node:
         info = GpuInfo("", "A100-SXM", 100.0, 400.0, 54.0, Provenance.MODELLED)
         self.core.managed = dict.fromkeys(self.limits_w, NodeGpu(info, 400.0, 0.0, may_set, ()))
         self.said = []
-        self.batch_limit = None
+        self.batch_limit = self.latency_limits_s = None
         self.do(self.core.claimed(GPUS, 32, 0.0), 0.0)
 
     def do(self, commands, now_s):
@@ -52,8 +54,8 @@ class Node:
                     self.set(limits_w, now_s)
                 case SetGroupCap(limits_w, cap_w):
                     self.set(dict.fromkeys(limits_w, cap_w), now_s)
-                case SetBatchLimit(limit):
-                    self.batch_limit = limit
+                case OrderEngine(limit, _, ttft_limit_s, tpot_limit_s):
+                    self.batch_limit, self.latency_limits_s = limit, (ttft_limit_s, tpot_limit_s)
                 case _:
                     self.said.append(command)
 
@@ -72,8 +74,8 @@ class Node:
         return [self.limits_w[uuid] for uuid in GPUS]
 
 
-def answered(grant=GRANT, epoch=3, session=7, park=None, fail_safe_w=None):
-    return Answer(Reply(epoch, session, grant, (), TERMS, park, "noted"), fail_safe_w, Target(priority=4))
+def answered(grant=GRANT, epoch=3, session=7, park=None, fail_safe_w=None, slo=NO_SLO):
+    return Answer(Reply(epoch, session, grant, (), TERMS, park, "noted"), fail_safe_w, Target(slo, priority=4))
 
 
 @pytest.fixture
@@ -88,6 +90,14 @@ def test_a_grant_is_in_force_when_it_has_been_obeyed_and_a_cut_acts_at_once(node
     assert node.caps_w == [150, 150]
     assert node.core.report().obeyed == (3, 2)
     assert node.said == [ConfirmGrant(), ConfirmGrant()]
+
+
+def test_the_engine_is_told_the_limits_of_its_target_with_the_next_order(node):
+    node.answer(slo=Slo(ttft_s=2.0))
+    assert node.latency_limits_s == (2.0, inf)
+    node.answer(slo=Slo(tpot_s=0.1))
+    node.do(node.core.beat_due(None, 1.5), 1.5)
+    assert node.latency_limits_s == (inf, 0.1)
 
 
 def test_what_is_late_or_from_an_older_manager_changes_nothing(node):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pals_ray.control.allocation.replica_parking import ReplicaParking, to_park
-from pals_ray.control.snapshot import Domain, Share
-from pals_ray.types import Target
+from pals_ray.control.snapshot import Arrivals, Domain, Share
+from pals_ray.types import Slo, Target
 from policies import pals
 from tests.support.builders import exact_prediction, fleet_snapshot, replica_snapshot
 
@@ -24,7 +24,7 @@ class Slow:
 
 def replica(name, model="chat", priority=0, demand=50.0, domain=None):
     """Its TTFT limit of 0.1 s takes 200 W: that is its least grant while it has demand."""
-    target = Target(ttft_p99_s=0.1, priority=priority)
+    target = Target(Slo(ttft_s=0.1), priority=priority)
     return replica_snapshot(name, demand=demand, model=model, domain=domain, max_batch=32, target=target)
 
 
@@ -53,7 +53,7 @@ def test_the_lowest_priority_and_the_least_asked_rest_first_and_never_a_models_l
 
 
 def test_who_needs_no_more_than_the_lowest_cap_is_not_parked_in_vain():
-    idle = tuple(replace(row, demand_tokens_per_s=0.0) for row in ROWS)
+    idle = tuple(replace(row, arrivals=Arrivals(0.0, 20.0)) for row in ROWS)
     assert park(400.0, *idle) == set()
 
 

@@ -8,7 +8,7 @@ from pals_ray.control.manager.agent_registry import AgentRegistry
 from pals_ray.control.manager.fleet_status import Member
 from pals_ray.control.manager.slo_accounts import SloAccounts, fastest_tpots_s, unreachable
 from pals_ray.control.messages import AgentReport, Beat, NodeGpu, ReplicaSpec
-from pals_ray.control.slo import Tally
+from pals_ray.control.slo import Tally, by_priority
 from pals_ray.models.lookup import LoadedModel
 from pals_ray.types import GpuInfo, Provenance, ReplicaTelemetry, Slo, Target, Verdicts
 from tests.support.builders import StubModel
@@ -99,3 +99,10 @@ def test_other_limits_are_taken_without_a_word(registry, slo, caplog):
     accounts.observe(registry, asked, 0.0)
     assert [unreachable(row) for row in accounts.statuses(registry, asked)] == [None]
     assert not caplog.records
+
+
+def test_a_model_without_limits_adds_nothing_to_what_may_be_late_in_its_class(registry):
+    row = after(registry)["chat"]
+    free = replace(row, model="free", recent=Verdicts(good=10_000), allowed=100.0, error_budget_left=None)
+    (together,) = by_priority([row, free])
+    assert (together.allowed, together.error_budget_left, together.recent.judged) == (1.0, 0.0, 10_021)

@@ -25,7 +25,7 @@ def column_of(batch):
 
 
 def simulated(rate_per_s, limit, capacity, wait_s, for_s=20_000.0, output=20.0, seed=3):
-    """A birth-death chain by Gillespie's algorithm: the share of arrivals that start within `wait_s`, and the mean running."""
+    """A birth-death chain, event by event: the share of arrivals that start within `wait_s`, and the mean running."""
     rng = np.random.default_rng(seed)
     now_s, inside, area, kept, came = 0.0, 0, 0.0, 0, 0
     while now_s < for_s:

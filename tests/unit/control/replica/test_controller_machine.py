@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,7 +13,7 @@ from pals_ray.control.replica.batch_choice import graph_sizes
 from pals_ray.control.replica.controller_state import ControllerState, Decision, Situation
 from pals_ray.control.replica.operating_point import decide
 from pals_ray.control.snapshot import Overhead
-from pals_ray.types import Latency, ReplicaTelemetry, Target
+from pals_ray.types import Latency, ReplicaTelemetry, Slo, Target, Verdicts
 from tests.support.builders import charge_terms
 
 from .plant import Decode
@@ -58,18 +58,26 @@ class Controlled(RuleBasedStateMachine):
         binding=st.floats(0, 1),
         kv_use=st.floats(0, 1),
         ttft=latency_s,
-        itl=latency_s,
+        tpot=latency_s,
+        arriving=st.floats(0.0, 1e4),
+        output=st.floats(0.0, 1e4),
+        good=counts,
+        late=counts,
         beats=st.integers(1, 12),
     )
-    def serve(self, running, waiting, rate, power_w, binding, kv_use, ttft, itl, beats):
+    def serve(self, running, waiting, rate, power_w, binding, kv_use, ttft, tpot, arriving, output, good, late, beats):
         self.telemetry = ReplicaTelemetry(
             running=running,
             waiting=waiting,
             kv_use=kv_use,
             throughput_tokens_per_s=rate,
             power_w=power_w,
+            running_mean=running,
+            arriving_per_s=arriving,
+            output_tokens=output,
+            verdicts=self.telemetry.verdicts + Verdicts(good=good, late_ttft=late),
             ttft=Latency(ttft, ttft),
-            itl=Latency(itl, itl),
+            tpot=Latency(tpot, tpot),
             binding_share=binding,
         )
         for _ in range(beats):
@@ -91,9 +99,20 @@ class Controlled(RuleBasedStateMachine):
         self.in_force_w = in_force_w
         self.decide()
 
-    @rule(throughput=st.none() | st.floats(1.0, 1e5), ttft=latency_s, itl=latency_s)
-    def aim(self, throughput, ttft, itl):
-        self.target = Target(throughput, ttft, itl)
+    @rule(
+        throughput=st.none() | st.floats(1.0, 1e5),
+        ttft=latency_s,
+        tpot=latency_s,
+        itl=latency_s,
+        attainment=st.floats(0.01, 0.9999),
+        window_s=st.floats(10.0, 1e5),
+    )
+    def aim(self, throughput, ttft, tpot, itl, attainment, window_s):
+        self.target = Target(Slo(ttft, tpot, attainment, window_s, itl), throughput)
+
+    @rule()
+    def engine_begins_anew(self):
+        self.telemetry = replace(self.telemetry, verdicts=Verdicts())
 
     @rule(known=st.booleans())
     def learn(self, known):

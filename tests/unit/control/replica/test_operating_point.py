@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 from pals_ray.control.replica.batch_choice import graph_sizes, snap
-from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
+from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Gains, PidState, Situation
+from pals_ray.control.replica.demand import DemandState
 from pals_ray.control.replica.operating_point import decide
-from pals_ray.control.replica.throughput_feedback import Gains, PidState, pid_step
-from pals_ray.control.slo import late_count
-from pals_ray.types import Latency, OperatingPoint, ReplicaTelemetry, Target
+from pals_ray.control.replica.throughput_feedback import pid_step
+from pals_ray.types import OperatingPoint, ReplicaTelemetry, Slo, Target
 from tests.support.builders import charge_terms
 
 from .plant import Decode, make_loop
 
 TERMS = charge_terms()
+OUTPUT = 20.0
 
 
 def situation(**changes):
@@ -35,14 +36,21 @@ def situation(**changes):
 
 
 def serving(running, waiting=0, throughput=0.0, power_w=390.0, binding=1.0, **more):
+    """A replica at work, to which as much comes as it serves unless said otherwise."""
     return ReplicaTelemetry(
         running=running,
         waiting=waiting,
+        running_mean=running,
         throughput_tokens_per_s=throughput,
+        output_tokens=OUTPUT,
         power_w=power_w,
         binding_share=binding,
-        **more,
+        **({"arriving_per_s": throughput / OUTPUT, "arriving_long_per_s": throughput / OUTPUT} | more),
     )
+
+
+def demand(tokens_per_s):
+    return DemandState(tokens_per_s / OUTPUT, 1.0, 1000.0)
 
 
 def at(cap_w, batch_limit=64, **changes):
@@ -51,6 +59,10 @@ def at(cap_w, batch_limit=64, **changes):
 
 def caps(decisions):
     return [d.point.cap_w for d in decisions]
+
+
+def slo(**limits):
+    return Target(slo=Slo(**limits))
 
 
 # -- one decision ------------------------------------------------------------------------------------------------------
@@ -76,9 +88,9 @@ def test_a_grant_may_pin_cap_and_batch():
 
 
 def test_a_ceiling_below_the_cap_is_obeyed_at_once_whatever_dwell_says_and_the_batch_follows():
-    limited = Target(itl_p99_s=0.25)
+    limited = slo(tpot_s=0.25)
     busy = serving(running=60, throughput=200.0)
-    state = at(390.0, cap_changed_s=99.9, batch_changed_s=90.0, demand_tokens_per_s=200.0)
+    state = at(390.0, cap_changed_s=99.9, batch_changed_s=90.0, demand=demand(200.0))
     first = decide(state, situation(ceiling_w=150.0, target=limited, telemetry=busy))
     assert first.point == OperatingPoint(150.0, 64)
     second = decide(first.state, situation(now_s=101.5, ceiling_w=150.0, target=limited, telemetry=busy))
@@ -87,7 +99,7 @@ def test_a_ceiling_below_the_cap_is_obeyed_at_once_whatever_dwell_says_and_the_b
 
 
 def test_after_a_cut_the_cap_comes_back_only_when_the_batch_has_drained():
-    state = at(150.0, 16, ceiling_cut_s=98.0, demand_tokens_per_s=200.0)
+    state = at(150.0, 16, ceiling_cut_s=98.0, demand=demand(200.0))
     still = decide(state, situation(telemetry=serving(running=40, throughput=200.0, power_w=150.0)))
     assert still.point.cap_w == 150.0
     assert "drained" in still.reason
@@ -98,14 +110,14 @@ def test_after_a_cut_the_cap_comes_back_only_when_the_batch_has_drained():
 def test_dwell_and_slew_bound_a_voluntary_move():
     config = ControllerConfig()
     low = serving(running=20, throughput=110.0)
-    dwelling = decide(at(390.0, cap_changed_s=98.0, demand_tokens_per_s=110.0), situation(telemetry=low), config)
+    dwelling = decide(at(390.0, cap_changed_s=98.0, demand=demand(110.0)), situation(telemetry=low), config)
     assert dwelling.point.cap_w == 390.0
-    moved = decide(at(390.0, cap_changed_s=96.0, demand_tokens_per_s=110.0), situation(telemetry=low), config)
+    moved = decide(at(390.0, cap_changed_s=96.0, demand=demand(110.0)), situation(telemetry=low), config)
     assert 390.0 - config.cut_slew_per_s * 4.0 * 300.0 <= moved.point.cap_w < 390.0
 
 
 def test_a_cap_that_does_not_bind_is_not_raised():
-    wanting = at(200.0, demand_tokens_per_s=210.0)
+    wanting = at(200.0, demand=demand(210.0))
     idle = serving(running=10, throughput=210.0, power_w=120.0, binding=0.0)
     held = decide(wanting, situation(telemetry=idle))
     assert held.point.cap_w == 200.0
@@ -114,40 +126,62 @@ def test_a_cap_that_does_not_bind_is_not_raised():
     assert bound.point.cap_w > 200.0
 
 
-def test_a_ttft_tail_near_its_limit_raises_the_cap_even_where_it_seldom_binds():
-    limit = Target(ttft_p99_s=0.1)
-    near = serving(running=10, throughput=50.0, power_w=120.0, binding=0.0, ttft=Latency(0.05, 0.12))
-    decision = decide(at(190.0, demand_tokens_per_s=50.0), situation(target=limit, telemetry=near))
-    assert decision.point.cap_w > 190.0
-    assert decision.point.batch_limit == 64
-    assert "TTFT" in decision.reason
-
-
-def test_larger_prompts_than_the_model_knows_ask_for_a_higher_cap():
-    limit = Target(ttft_p99_s=0.15)
-    light = serving(running=4, throughput=40.0)
-    plain = decide(ControllerState(), situation(target=limit, telemetry=light))
-    large = decide(ControllerState(), situation(target=limit, telemetry=light, largest_prompt=1.5))
-    assert plain.point.cap_w == pytest.approx(20 / (0.97 * 0.15), abs=6.0)
-    assert large.point.cap_w == pytest.approx(30 / (0.97 * 0.15), abs=6.0)
-
-
-def test_the_batch_limit_is_lowered_for_the_inter_token_latency_and_not_for_watts():
+def test_the_batch_limit_is_as_large_as_tpot_and_itl_allow_at_the_cap():
     busy = serving(running=20, throughput=120.0)
     assert decide(ControllerState(), situation(telemetry=busy)).point.batch_limit == 64
-    limited = decide(ControllerState(), situation(telemetry=busy, target=Target(itl_p99_s=0.25)))
-    assert limited.point.batch_limit < 64
-    assert limited.state.expected.itl_p99_s <= 0.25
+    assert decide(ControllerState(), situation(telemetry=busy, target=slo(tpot_s=0.25))).point.batch_limit < 64
+    assert decide(ControllerState(), situation(telemetry=busy, target=slo(itl_p99_s=0.25))).point.batch_limit < 64
+    lost = decide(ControllerState(), situation(telemetry=busy, target=slo(tpot_s=0.01)))
+    assert lost.point.batch_limit == 64, "nobody keeps it: then as many as can be served"
 
 
-def test_an_overload_is_let_in_whole_where_those_kept_out_would_miss_the_ttft():
-    queue = serving(running=48, waiting=40, throughput=190.0)
-    state = at(400.0, 48, demand_tokens_per_s=220.0, queue_since_s=80.0)
-    few = decide(state, situation(telemetry=queue, target=Target(itl_p99_s=0.25)))
-    assert few.point.batch_limit < 64
-    assert (
-        decide(state, situation(telemetry=queue, target=Target(itl_p99_s=0.25, ttft_p99_s=2.0))).point.batch_limit == 64
-    )
+def test_of_the_points_that_attain_what_is_asked_it_takes_the_least_watts():
+    busy = serving(running=12, throughput=80.0)
+    strict = decide(ControllerState(), situation(telemetry=busy, target=slo(ttft_s=0.3, tpot_s=0.2))).state.expected
+    loose = decide(ControllerState(), situation(telemetry=busy, target=slo(ttft_s=5.0, tpot_s=2.0))).state.expected
+    assert strict.attainment >= 0.99
+    assert loose.attainment >= 0.99
+    assert loose.node_w < strict.node_w
+
+
+def test_where_none_attains_it_takes_the_most_good_tokens():
+    flood = serving(running=64, waiting=30, throughput=200.0, arriving_per_s=20.0, arriving_long_per_s=20.0)
+    decision = decide(ControllerState(), situation(telemetry=flood, target=slo(ttft_s=2.0, tpot_s=1.0)))
+    assert decision.point.cap_w > 300.0
+    assert not decision.state.servable
+
+
+def test_a_ttft_that_a_cap_seldom_slows_raises_it_all_the_same():
+    sparse = serving(running=1, throughput=20.0, power_w=90.0, binding=0.01)
+    decision = decide(at(150.0, demand=demand(20.0)), situation(target=slo(ttft_s=0.1), telemetry=sparse))
+    assert decision.point.cap_w > 150.0
+
+
+def test_requests_that_wait_longer_than_their_ttft_allows_raise_the_cap_at_once():
+    queue = serving(running=16, waiting=18, throughput=60.0)
+    calm = at(150.0, demand=demand(60.0), queue_since_s=99.0)
+    target = slo(ttft_s=4.0, tpot_s=1.0)
+    assert decide(calm, situation(target=target, telemetry=queue)).point.cap_w > 150.0
+    none = replace(queue, waiting=0)
+    assert decide(calm, situation(target=target, telemetry=none)).point.cap_w <= 150.0
+
+
+def test_between_sparse_requests_the_cap_waits_for_the_next_prompt_and_in_silence_it_rests():
+    state = at(200.0, demand=demand(50.0))
+    found = []
+    for beat in range(1400):
+        nothing = serving(0, arriving_per_s=0.0, arriving_long_per_s=0.0, binding=0.0)
+        decision = decide(state, situation(now_s=100 + beat / 2, target=slo(ttft_s=0.15), telemetry=nothing))
+        state = decision.state
+        found.append(decision.point.cap_w)
+    assert min(found[:60]) >= 20 / 0.15
+    assert found[-1] == 100.0
+
+
+def test_a_burst_on_a_resting_replica_is_served_as_fast_as_the_grant_allows_until_its_demand_is_known():
+    burst = replace(serving(running=40, power_w=100.0, arriving_per_s=8.0), output_tokens=0.0)
+    decision = decide(at(100.0, cap_changed_s=90.0), situation(telemetry=burst))
+    assert decision.point.cap_w == 400.0
 
 
 def test_the_batch_limit_stops_where_the_curve_falls():
@@ -242,8 +276,9 @@ def test_without_limits_no_watts_are_spent_on_a_crowd_that_a_fixed_number_of_cli
     loop.run(30)
     passed_s = loop.plant.now_s - since_s
     assert (loop.plant.generated - tokens) / passed_s > 0.9 * full.plant.generated / 30.0
-    # Kept to the slowest step of a full batch for 16 + 2 sqrt(16) it drew 0.80 of it.
-    assert (loop.plant.energy_j - joules) / passed_s < 0.7 * full.plant.energy_j / 30.0
+    # 0.9 of the speed of 16 sequences takes 0.73 of their draw on this A100. Kept to the slowest step of a full batch
+    # for 16 + 2 sqrt(16) it drew more.
+    assert (loop.plant.energy_j - joules) / passed_s < 0.73 * full.plant.energy_j / 30.0
 
 
 def test_at_a_steady_load_it_serves_nearly_all_and_does_not_cycle():
@@ -306,49 +341,31 @@ def test_the_integral_does_not_wind_up_at_the_ceiling():
     assert max(caps(after)) < 350
 
 
-def test_a_cap_sized_for_decode_does_not_wreck_ttft():
-    def late_share(target):
-        loop = make_loop(prompt=2048.0, output=64.0, target=target)
-        loop.offer(150.0, 150)
-        loop.run(60)
-        before = loop.plant.ttft.copy()
-        loop.run(90)
-        counts = (loop.plant.ttft - before).tolist()
-        return late_count(counts, 0.3) / sum(counts)
+@pytest.mark.parametrize("limits", [{"ttft_s": 1.0, "tpot_s": 0.1}, {"ttft_s": 0.5, "tpot_s": 0.04}])
+def test_it_keeps_its_slo_with_far_fewer_watts_than_the_highest_cap_takes(limits):
+    def run(**changes):
+        loop = make_loop(target=slo(**limits))
+        loop.model = changes.get("model", loop.model)
+        loop.offer(3000.0, 480)
+        loop.run(120)
+        before, first_j = loop.plant.judge.verdicts, loop.plant.energy_j
+        loop.run(360)
+        judged = loop.plant.judge.verdicts - before
+        return judged.attainment, loop.plant.energy_j - first_j
 
-    assert late_share(Target()) > 0.02
-    assert late_share(Target(ttft_p99_s=0.3)) <= 0.01
-
-
-def test_under_a_ttft_limit_places_are_kept_free():
-    busy = serving(running=58, throughput=190.0)
-    state = at(250.0, demand_tokens_per_s=190.0, modelled_tokens_per_s=190.0)
-    free = decide(state, situation(telemetry=busy, target=Target(itl_p99_s=10.0)))
-    kept = decide(state, situation(telemetry=busy, target=Target(itl_p99_s=10.0, ttft_p99_s=5.0)))
-    assert kept.point.cap_w > free.point.cap_w
-    assert kept.state.expected.running < free.state.expected.running
+    attainment, kept_j = run()
+    _, uncapped_j = run(model=None)
+    assert attainment >= 0.985
+    assert kept_j < 0.9 * uncapped_j
 
 
-def test_between_sparse_requests_the_cap_waits_for_the_next_prompt_and_in_silence_it_rests():
-    state = at(200.0, demand_tokens_per_s=50.0, fast_demand_tokens_per_s=50.0)
-    found = []
-    for beat in range(400):
-        decision = decide(state, situation(now_s=100 + beat / 2, target=Target(ttft_p99_s=0.15)))
-        state = decision.state
-        found.append(decision.point.cap_w)
-    assert min(found[:60]) >= 20 / 0.15
-    assert found[-1] == 100.0
-
-
-def test_an_itl_limit_is_kept_with_fewer_watts_than_the_highest_cap_takes():
-    loop = make_loop(target=Target(itl_p99_s=0.06))
-    loop.offer(2000.0, 240)
-    loop.run(150)  # what the start did to the tail is forgotten
-    first_j = loop.plant.energy_j
-    settled = loop.run(90)
-    assert loop.window.summary().itl.p99_s <= 0.06
-    assert (loop.plant.energy_j - first_j) / 90 < 400
-    assert min(d.point.cap_w for d in settled) > 200
+def test_long_prompts_are_learnt_from_ttft_and_a_cap_sized_for_decode_does_not_wreck_it():
+    loop = make_loop(prompt=2048.0, output=64.0, target=slo(ttft_s=0.3))
+    loop.offer(150.0, 400)
+    loop.run(100)
+    before = loop.plant.judge.verdicts
+    loop.run(300)
+    assert (loop.plant.judge.verdicts - before).attainment >= 0.985
 
 
 def test_a_rise_from_idle_is_followed_within_seconds():
@@ -360,26 +377,6 @@ def test_a_rise_from_idle_is_followed_within_seconds():
     assert loop.window.summary().throughput_tokens_per_s > 0.8 * 4800
     loop.run(25)
     assert loop.window.summary().waiting < 20
-
-
-def test_an_itl_that_is_measured_within_its_limit_does_not_lower_the_batch_whatever_the_model_says():
-    # The model says 0.24 s at the full batch; 0.19 s were measured, and requests wait.
-    seen = serving(running=48, waiting=20, throughput=200.0, itl=Latency(0.15, 0.17, 0.17), ttft=Latency(1.0, 3.0))
-    target = Target(itl_p99_s=0.2)
-    state = at(250.0, batch_limit=48, batch_changed_s=0.0, demand_tokens_per_s=200.0, fast_demand_tokens_per_s=200.0)
-    kept = decide(state, situation(target=target, telemetry=seen, ceiling_w=250.0)).point.batch_limit
-    late = replace(seen, itl=Latency(0.2, 0.25, 0.25))
-    cut = decide(state, situation(target=target, telemetry=late, ceiling_w=250.0)).point.batch_limit
-    assert kept >= 48
-    assert cut < 48
-
-
-def test_a_burst_on_a_resting_replica_is_served_at_full_speed_before_its_demand_is_known():
-    state = at(100.0, fast_demand_tokens_per_s=20.0, demand_tokens_per_s=20.0, cap_changed_s=90.0)
-    burst = serving(running=40, throughput=0.0, power_w=100.0)
-    decision = decide(state, situation(telemetry=burst))
-    assert decision.state.expected.wanted_tokens_per_s == pytest.approx(10 * 40 / (1 + 40 / 32) / 1.05, rel=0.02)
-    assert decision.point.cap_w > 150.0
 
 
 def test_ceilings_that_come_and_go_are_never_exceeded():

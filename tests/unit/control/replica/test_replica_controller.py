@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pals_ray.control.replica.replica_controller import ReplicaController
-from pals_ray.control.telemetry import LATENCY_S, RATE_S, Reading, TelemetryWindow
+from pals_ray.control.telemetry import Reading, TelemetryWindow
 from pals_ray.models.lookup import tabulated
 from pals_ray.models.physics.roofline import RooflineModel
 from pals_ray.models.physics.step_cost import GroupPhysics
@@ -16,7 +16,14 @@ from tests.support.builders import charge_terms, grant
 TERMS = charge_terms(node_gpus=4)
 GRANT = grant(charge_w=300.0)
 BUSY = ReplicaTelemetry(
-    running=32, waiting=4, running_mean=32.0, running_least=32, throughput_tokens_per_s=300.0, power_w=240.0
+    running=32,
+    waiting=4,
+    running_mean=32.0,
+    running_least=32,
+    throughput_tokens_per_s=300.0,
+    arriving_per_s=3.0,
+    output_tokens=100.0,
+    power_w=240.0,
 )
 
 
@@ -40,31 +47,28 @@ def test_without_demand_it_rests_and_under_load_it_works(model):
     controller = ReplicaController(1)
     controller.take_model(model, "prior")
     for beat in range(40):
+        controller.look(beat / 2, ReplicaTelemetry(power_w=60.0))
         idle, _ = choose(controller, beat / 2, seen=ReplicaTelemetry(power_w=60.0))
     assert idle.cap_w == 100.0
     busy = idle
     for beat in range(40, 80):
+        controller.look(beat / 2, BUSY)
         busy, reason = choose(controller, beat / 2, in_force_w=busy.cap_w)
     assert busy.cap_w > 200.0
     assert controller.expected is not None
-    assert controller.demand_tokens_per_s > 200.0
+    assert controller.arrivals.tokens_per_s > 200.0
     assert "tokens/s wanted" in reason
 
 
 def test_what_arrives_is_told_even_where_the_cap_keeps_the_replica_from_serving_it(model):
-    def told(arriving, seen):
-        controller = ReplicaController(1)
-        controller.take_model(model, "prior")
-        for beat in range(20):
-            now = replace(seen, arriving_tokens_per_s=arriving)
-            controller.look(beat / 2, now)
-            choose(controller, beat / 2, ceiling_w=110.0, in_force_w=110.0, seen=now)
-        return controller.demand_tokens_per_s
-
-    held = replace(BUSY, throughput_tokens_per_s=80.0, running=24, waiting=0)
-    assert told(0.0, held) < 150.0
-    assert told(200.0, held) == 200.0
-    assert told(200.0, ReplicaTelemetry(power_w=60.0)) == 0.0  # nothing has come for a while
+    controller = ReplicaController(1)
+    controller.take_model(model, "prior")
+    held = replace(BUSY, throughput_tokens_per_s=80.0, running=24, waiting=0, arriving_per_s=2.0)
+    for beat in range(20):
+        controller.look(beat / 2, held)
+        choose(controller, beat / 2, ceiling_w=110.0, in_force_w=110.0, seen=held)
+    assert controller.arrivals.tokens_per_s == pytest.approx(200.0)
+    assert ReplicaController(1).arrivals.per_s == 0.0, "nothing has come yet"
 
 
 def test_pins_of_a_grant_are_obeyed(model):
@@ -105,15 +109,6 @@ def test_a_new_model_forgets_what_was_learnt_of_another_and_the_same_again_does_
     assert controller.correction.throughput == 1.4
     controller.take_model(model, "profile x")
     assert controller.correction.throughput == 1.0
-
-
-def test_the_more_replicas_serve_a_model_the_longer_each_looks_at_latencies():
-    controller = ReplicaController(1)
-    assert controller.recent_s == RATE_S
-    controller.serving = 4
-    assert controller.recent_s == 4 * RATE_S
-    controller.serving = 100
-    assert controller.recent_s == LATENCY_S
 
 
 def test_natural_draw_is_measured_predicted_under_a_binding_cap_and_never_below_the_recent_p95(model):
