@@ -18,6 +18,7 @@ from typing import Any
 from pals_ray.evaluation.cases import Case
 from pals_ray.evaluation.results import run_case
 from pals_ray.evaluation.runs import CaseRuns
+from pals_ray.evaluation.target_runs import TargetRuns
 from pals_ray.plots.tables import Json
 from pals_ray.simulation.traces import Trace
 from pals_ray.whole_file import write_whole
@@ -150,5 +151,6 @@ def _begin(queue: SimpleQueue[str]) -> None:
 
 
 def _work(job: Job) -> Json:
-    runs = CaseRuns(job.case, _interned(job.lengths), job.folder, job.seeds, lambda: _queue.put(job.name))
+    kind = CaseRuns if job.case.target is None else TargetRuns
+    runs = kind(job.case, _interned(job.lengths), job.folder, job.seeds, lambda: _queue.put(job.name))
     return run_case(runs, job.policies, job.seeds)
