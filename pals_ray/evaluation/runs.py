@@ -168,14 +168,11 @@ class CaseRuns:
             most = max(float(replica.running.max()) for run in runs for replica in run.result.replicas)
             return Tried(point, attains, _efficiency(runs), most)
 
-        return {"oracle": self._best(try_at, self._oracle_caps_w(), graph_sizes(model.max_batch))}
+        return {"oracle": self._or_static(best_fixed(try_at, self._oracle_caps_w(), graph_sizes(model.max_batch)))}
 
-    def _best(
-        self, try_at: Callable[[OperatingPoint], Tried], caps_w: Sequence[float], batches: Sequence[int]
-    ) -> tuple[OperatingPoint, list[Run]]:
-        """The best of these points and its runs; `static`'s where these are no better."""
+    def _or_static(self, found: Tried | None) -> tuple[OperatingPoint, list[Run]]:
+        """A point that was found and its runs; `static`'s where these are no better."""
         (model,) = self.fleet.models
-        found = best_fixed(try_at, caps_w, batches)
         static = [self.run("static", seed) for seed in self._seeds]
         if found is not None:
             runs = [self.fixed({model.name: found.point}, seed) for seed in self._seeds]

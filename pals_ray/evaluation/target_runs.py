@@ -15,7 +15,7 @@ from pals_ray.evaluation.cases import SATURATION, Case, full_charge_w, requests_
 from pals_ray.evaluation.runs import CaseRuns, Run
 from pals_ray.evaluation.simulated_profile import full_tokens_per_s
 from pals_ray.models.specs import find_gpu
-from pals_ray.simulation.oracle import Tried
+from pals_ray.simulation.oracle import Tried, best_flat_out
 from pals_ray.simulation.results.figures import figures
 from pals_ray.simulation.setting import SimFleet, SimSetting
 from pals_ray.simulation.simulate import simulate
@@ -23,8 +23,9 @@ from pals_ray.simulation.traces import Trace
 from pals_ray.types import OperatingPoint, Target
 from policies import uniform
 
-#: For so long a fixed point is run flat out to see what it serves, after it has filled, s; on a seed of no scenario.
-FLAT_OUT_S, FILLING_S = 60.0, 40.0
+#: A fixed point is run flat out for so long, or for so many requests, to see what it serves, after as long to fill, s;
+#: on a seed of no scenario.
+FLAT_OUT_S, FLAT_OUT_REQUESTS = 60.0, 5000
 _SEED = 8_000_000
 #: PALS's own caps, W, and batches.
 PALS_CAPS_W, PALS_BATCHES = (150.0, 200.0, 250.0, 300.0, 350.0, 400.0), (1, 4, 8, 16, 32, 64)
@@ -49,11 +50,12 @@ def flat_out(fleet: SimFleet, point: OperatingPoint, lengths: Trace) -> FlatOut:
     """Run a fleet's one model flat out."""
     model = replace(fleet.models[0], fixed=point, target=Target(), max_batch=max(point.batch_limit, STATIC_BATCH))
     rate = saturating_per_s(fleet, point, lengths)
-    duration_s = FILLING_S + FLAT_OUT_S
+    half_s = max(min(FLAT_OUT_S, FLAT_OUT_REQUESTS / rate), 1.0)
+    duration_s = 2.0 * half_s
     offered = requests_for(LoadSpec(ramp_s=0.0), "poisson", lengths, rate, duration_s, _SEED)
     own = replace(fleet, models=(model,))
     result = simulate(SimSetting(own, full_charge_w(own), uniform.allocate, duration_s), {model.name: offered})
-    found = figures(result, FILLING_S)
+    found = figures(result, half_s)
     return FlatOut(found["tokens_per_s"], found["tokens_per_joule"])
 
 
@@ -107,11 +109,11 @@ class TargetRuns(CaseRuns):
         grids = {
             "oracle": (caps_w, graph_sizes(model.max_batch)),
             f"oracle@{STATIC_BATCH}": (caps_w, graph_sizes(most)),
-            "pals_grid_batch_only": (PALS_CAPS_W[-1:], PALS_BATCHES),
-            "pals_grid_power_only": (PALS_CAPS_W, PALS_BATCHES[-1:]),
-            "pals_grid_joint": (PALS_CAPS_W, PALS_BATCHES),
+            "grid_batch_only@64": (PALS_CAPS_W[-1:], PALS_BATCHES),
+            "grid_power_only@64": (PALS_CAPS_W, PALS_BATCHES[-1:]),
+            "grid_joint@64": (PALS_CAPS_W, PALS_BATCHES),
         }
-        return {name: self._best(try_at, *grid) for name, grid in grids.items()}
+        return {name: self._or_static(best_flat_out(try_at, *grid)) for name, grid in grids.items()}
 
     def _flat_out(self, name: str, point: OperatingPoint) -> FlatOut:
         return flat_out(self._free[name], point, self._lengths)
