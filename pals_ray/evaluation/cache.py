@@ -27,6 +27,8 @@ from pals_ray.whole_file import write_whole
 _ORACLE_RUNS = 30
 #: The sources that decide a result: a change in any of them makes every kept result stale.
 _SOURCES = ("pals_ray/simulation", "pals_ray/control", "pals_ray/models", "pals_ray/evaluation", "policies")
+#: Those that only show results decide none.
+_SHOWN_BY = ("evaluation_page.py", "html_page.py", "policy_tables.py")
 _POLL_S = 0.2
 
 
@@ -82,7 +84,7 @@ def _code() -> str:
     found = hashlib.sha256()
     for folder in _SOURCES:
         for file in sorted((root / folder).rglob("*")):
-            if file.is_file() and file.parent.name != "__pycache__":
+            if file.is_file() and file.parent.name != "__pycache__" and file.name not in _SHOWN_BY:
                 found.update(file.read_bytes())
     return found.hexdigest()
 
