@@ -132,6 +132,8 @@ def run_jobs(
                     tick(name, 1)
             for future in finished:
                 job = waiting.pop(future)
+                if future.exception() is not None:
+                    pool.shutdown(wait=False, cancel_futures=True)
                 result = future.result()
                 write_whole(job.file(out), json.dumps({"digest": job.digest, "result": result}))
                 tick(job.name, most[job.name] - done[job.name])

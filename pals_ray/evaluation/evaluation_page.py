@@ -43,7 +43,10 @@ def levers() -> list[str]:
 def _findings(found: Mapping[str, Json]) -> list[str]:
     rows: list[list[str]] = []
     for gpu, limits, cases in _node_groups(_cases(found, "pals_node")):
-        own, best = (summary("", cases)["policies"][name] for name in ("pals", "oracle"))
+        policies = summary("", cases)["policies"]
+        if not {"pals", "oracle"} <= set(policies):
+            continue
+        own, best = policies["pals"], policies["oracle"]
         said = f"{gain(own['gain_over_static_counted'])} of {gain(best['gain_over_static'])}"
         share = percent(own["share_of_oracle_gain"], "z.0f")
         rows.append([f"tokens/J over `static`, {gpu}, {limits}: `pals` of the oracle's", f"{said} ({share})"])
@@ -53,12 +56,25 @@ def _findings(found: Mapping[str, Json]) -> list[str]:
         ratios = [_late(case, "pals") / _late(case, name) for case in cluster if _late(case, name) >= MANY_LATE]
         if ratios:
             rows.append([f"cluster: late requests over those of `{name}`, where it has 5 %", f"{fmean(ratios):.2f}"])
-    for case in _cases(found, "demand_response"):
-        if case["budget_kind"] == "constant" and case["budget_share"] <= 0.5:
-            ours, theirs = (case["policies"][n]["figures"]["tokens_per_s"] for n in ("pals", "power_only@64"))
-            label = f"tokens/s over `power_only@64` at {case['budget_share']:.0%} of the budget"
-            rows.append([label, gain(ours / theirs - 1.0)])
+    for part, more in _more_tokens(found):
+        if part <= 0.5:
+            rows.append([f"tokens/s over `power_only@64` at {part:.0%} of the budget", gain(more)])
+    for case in _cases(found, "mixed_fleet"):
+        if "equal" in case["fleet"]:
+            goods = {name: entry["figures"]["goodput_tokens_per_s"] for name, entry in case["policies"].items()}
+            said = ", ".join(f"`{name}` {good:.0f}" for name, good in goods.items())
+            rows.append(["mixed fleet, equal priorities: goodput, tokens/s", said])
     return markdown_table(["", ""], rows) if rows else []
+
+
+def _more_tokens(found: Mapping[str, Json]) -> list[tuple[float, float]]:
+    """(share of the budget, tokens/s of `pals` over those of `power_only@64`, less 1) at each constant budget."""
+    out = []
+    for case in _cases(found, "demand_response"):
+        served = {name: entry["figures"]["tokens_per_s"] for name, entry in case["policies"].items()}
+        if case["budget_kind"] == "constant" and "power_only@64" in served:
+            out.append((float(case["budget_share"]), served["pals"] / served["power_only@64"] - 1.0))
+    return out
 
 
 def _least(cases: Cases) -> float:
@@ -108,11 +124,7 @@ def _beside(found: Mapping[str, Json]) -> list[str]:
         if case["demand"] == "together":
             better = case["policies"]["pals"]["gain_over_static"]["mean"]
             rows.append([f"cluster tokens/J over static, load {case['load']:g}", "+12.1 %", gain(better)])
-    gains = []
-    for case in _cases(found, "demand_response"):
-        if case["budget_kind"] == "constant":
-            ours, theirs_s = (case["policies"][n]["figures"]["tokens_per_s"] for n in ("pals", "power_only@64"))
-            gains.append(ours / theirs_s - 1.0)
+    gains = [more for _, more in _more_tokens(found)]
     if gains:
         rows.append(["throughput over power-only under a cut budget, the most", "up to +22 %", gain(max(gains))])
     if not rows:

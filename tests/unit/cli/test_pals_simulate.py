@@ -142,10 +142,10 @@ def test_without_its_trace_a_scenario_says_which_file_and_where_to_get_it(scenar
 
 
 def test_bench_runs_the_cases_of_all_scenarios_in_one_go_and_writes_their_tables(scenario, tmp_path):
-    content = yaml.safe_load(scenario.read_text()) | {"policies": ["static", "pals"], "oracle": False}
+    content = yaml.safe_load(scenario.read_text()) | {"policies": ["static", "pals"]}
     content |= {"budget": {"shares": [0.6]}, "limits": {"server": {"ttft_s": 2.0, "tpot_s": 0.1}}}
     paths = []
-    for name, duration_s in (("short", 10), ("long", 20)):
+    for name, duration_s in (("pals_node", 10), ("long", 20)):
         paths.append(scenario.parent / f"{name}.yaml")
         own = {"name": name, "duration_s": duration_s, "about": f"A {name} one."}
         paths[-1].write_text(yaml.safe_dump(content | own))
@@ -160,8 +160,10 @@ def test_bench_runs_the_cases_of_all_scenarios_in_one_go_and_writes_their_tables
     assert page.startswith("Before.")
     assert page.endswith("After.\n")
     assert "old" not in page
-    assert page.index("### short\n\nA short one.") < page.index("### long\n\nA long one.")
-    assert {file.parent.name for file in out.glob("*/report.html")} == {"short", "long"}
+    assert page.index("## Findings") < page.index("`pals` of the oracle's") < page.index("## Who controls what")
+    assert page.index("### pals_node\n\nA pals_node one.") < page.index("### long\n\nA long one.")
+    assert "| power_only | caps within grants by value; batch limits pinned at the start value |" in page
+    assert {file.parent.name for file in out.glob("*/report.html")} == {"pals_node", "long"}
     short, long = (file.stat().st_mtime_ns for file in sorted((out / "cases").glob("*.json"), reverse=True))
     assert long < short, "the longest case is to be run first"
 
