@@ -1,4 +1,7 @@
-"""Values that cross a process or folder boundary: frozen, with the unit in every name."""
+"""Values that cross a process or folder boundary: frozen, with the unit in every name.
+
+The module is longer than others because all of them are found in one place.
+"""
 
 from __future__ import annotations
 
@@ -204,7 +207,7 @@ class ReplicaTelemetry:
 
     `running` and `waiting` are now; `running_mean` and `running_least` are over the window that rates are taken over.
     `arriving_per_s` are requests that came in over that window, and `arriving_long_per_s` over the longer one.
-    `prompt_tokens` and `output_tokens` are those of the mean request finished so far; 0 before any has. `verdicts` are
+    `prompt_tokens` and `output_tokens` are those of the mean request; 0 before any has ended. `verdicts` are
     since engine start.
     """
 

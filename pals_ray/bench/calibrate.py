@@ -1,20 +1,23 @@
 """Fits `silicon_constants.json` to public data: `python -m pals_ray.bench.calibrate DATA_FOLDER`.
 
 H100 and B200 are fitted together on the ML.ENERGY file (constants common to both, and a deviation each), with what
-FACTS says of capped GPUs; V100 takes H100's serving constants and its power law from GridPilot's E1.
+FACTS says of capped GPUs; V100 takes H100's serving constants and its power law from GridPilot's E1. A100 and RTX PRO
+6000 start from H100's and are fitted to capped serving (`caps`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import typer
 
-from pals_ray.bench.measured_data import Curve, load_gridpilot_e1, load_mlenergy
+from pals_ray.bench.caps.fit import POWER_LAW, SPREAD, gauss_newton, moved, robust, slopes
+from pals_ray.bench.caps.serving import fit_a100, fit_rtx_pro_6000
+from pals_ray.bench.measured_data import Curve, load_gridpilot_e1, load_mlenergy, load_mlenergy_v2, load_mmbt
 from pals_ray.models.physics.constants import SiliconConstants
 from pals_ray.models.physics.roofline import RooflineModel
 from pals_ray.models.physics.step_cost import GroupPhysics, StepWork
@@ -22,15 +25,12 @@ from pals_ray.models.power_model import FloatArray
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
 
 _START = SiliconConstants(**{constant.name: constant.metadata["start"] for constant in fields(SiliconConstants)})
-_SPREAD = {c.name: c.metadata["spread"] for c in fields(SiliconConstants) if c.metadata["spread"] is not None}
-_FITTED = tuple(_SPREAD)
+_FITTED = tuple(SPREAD)
 _CAP_LAW = ("clock_exponent", "active_power", "busy_power", "occupancy_power", "compute_power", "fabric_knee")
-_POWER_LAW = (*(name for name in _FITTED if name.endswith("_power")), "fabric_knee", "clock_exponent")
 # How far a GPU type may deviate from the common constants, as a share of the spread: less for constants of hosts and
 # kernels, which are alike everywhere, and the whole spread for powers, since chips differ.
 _DEVIATION = np.array([1.0 if name.endswith("_power") else 0.4 for name in _FITTED])
 _ITERATIONS = 10
-_STEP = 1e-3
 
 # How far a sensible model may lie from one configuration (std of logs): throughput, power, median ITL.
 _TOLERANCE = np.array([[0.12], [0.08], [0.3]])
@@ -76,17 +76,6 @@ def b200_capped(constants: SiliconConstants) -> FloatArray:
     return np.asarray(grid.duration_s[0] / grid.duration_s[1:])
 
 
-def _robust(standardised: FloatArray) -> FloatArray:
-    """Pseudo-Huber loss as a residual: squares near zero, magnitudes far out."""
-    return np.asarray(np.sign(standardised) * np.sqrt(2.0 * (np.sqrt(1.0 + standardised**2) - 1.0)))
-
-
-def _moved(start: SiliconConstants, names: Sequence[str], x: FloatArray) -> SiliconConstants:
-    return replace(
-        start, **{n: getattr(start, n) * float(np.exp(v * _SPREAD[n])) for n, v in zip(names, x, strict=True)}
-    )
-
-
 def _cap_residuals(gpu: str, c: SiliconConstants) -> FloatArray:
     """Errors on capped measurements: few against hundreds, so tight tolerances give them about as much weight."""
     if gpu == "H100-SXM":
@@ -105,14 +94,10 @@ def _residuals(gpu: str, curves: Sequence[Curve]) -> Callable[[SiliconConstants]
     )
 
     def residuals(c: SiliconConstants) -> FloatArray:
-        served = (weight * _robust(log_errors(c, curves) / _TOLERANCE)).reshape(-1) if curves else []
+        served = (weight * robust(log_errors(c, curves) / _TOLERANCE)).reshape(-1) if curves else []
         return np.concatenate([served, _cap_residuals(gpu, c)])
 
     return residuals
-
-
-def _slopes(f: Callable[[FloatArray], FloatArray], x: FloatArray, at_x: FloatArray) -> FloatArray:
-    return np.stack([(f(x + _STEP * e) - at_x) / _STEP for e in np.eye(len(x))], axis=1)
 
 
 def fit_serving(curves: Sequence[Curve]) -> dict[str, SiliconConstants]:
@@ -129,11 +114,11 @@ def fit_serving(curves: Sequence[Curve]) -> dict[str, SiliconConstants]:
         for i, gpu in enumerate(gpus, start=1):
 
             def f(x: FloatArray, gpu: str = gpu) -> FloatArray:
-                return residuals[gpu](_moved(_START, _FITTED, x))
+                return residuals[gpu](moved(_START, SPREAD, _FITTED, x))
 
             x = common + own[i - 1]
             r = f(x)
-            jacobian = _slopes(f, x, r)
+            jacobian = slopes(f, x, r)
             curvature, pull = jacobian.T @ jacobian, jacobian.T @ r
             block = slice(n * i, n * (i + 1))
             hessian[:n, :n] += curvature
@@ -146,7 +131,7 @@ def fit_serving(curves: Sequence[Curve]) -> dict[str, SiliconConstants]:
         move *= min(1.0, 1.0 / float(np.abs(move).max()))
         common, own = common + move[:n], own + move[n:].reshape(own.shape)
     found = zip(gpus, common + own, strict=True)
-    return {gpu: fit_cap_law(gpu, _moved(_START, _FITTED, x)) for gpu, x in found}
+    return {gpu: fit_cap_law(gpu, moved(_START, SPREAD, _FITTED, x)) for gpu, x in found}
 
 
 def fit_cap_law(gpu: str, serving: SiliconConstants) -> SiliconConstants:
@@ -159,21 +144,10 @@ def fit_cap_law(gpu: str, serving: SiliconConstants) -> SiliconConstants:
     before = natural(serving)
 
     def f(x: FloatArray) -> FloatArray:
-        moved = _moved(serving, _CAP_LAW, x)
-        return np.concatenate([_cap_residuals(gpu, moved), (natural(moved) - before) / 0.02, x])
+        constants = moved(serving, SPREAD, _CAP_LAW, x)
+        return np.concatenate([_cap_residuals(gpu, constants), (natural(constants) - before) / 0.02, x])
 
-    return _moved(serving, _CAP_LAW, _gauss_newton(f, len(_CAP_LAW)))
-
-
-def _gauss_newton(f: Callable[[FloatArray], FloatArray], size: int) -> FloatArray:
-    """Least squares of `f` from the origin, steps limited to one spread."""
-    x = np.zeros(size)
-    for _ in range(2 * _ITERATIONS):
-        r = f(x)
-        jacobian = _slopes(f, x, r)
-        move = -np.linalg.solve(jacobian.T @ jacobian, jacobian.T @ r)
-        x = x + move * min(1.0, 1.0 / float(np.abs(move).max()))
-    return x
+    return moved(serving, SPREAD, _CAP_LAW, gauss_newton(f, len(_CAP_LAW)))
 
 
 #: The steps of the virtual V100 compared to GridPilot's kernels: a long prompt, and decoding a small batch.
@@ -187,7 +161,7 @@ def fit_v100(serving: SiliconConstants, e1: Mapping[str, FloatArray]) -> Silicon
     works = {"matmul_compute_bound": V100_COMPUTE, "inference_memory_bound": V100_MEMORY}
 
     def f(x: FloatArray) -> FloatArray:
-        physics = GroupPhysics(gpu, find_model("Llama-3.1-8B"), Parallelism(), _moved(serving, _POWER_LAW, x))
+        physics = GroupPhysics(gpu, find_model("Llama-3.1-8B"), Parallelism(), moved(serving, SPREAD, POWER_LAW, x))
         parts = []
         for kernel, work in works.items():
             points = e1[kernel]
@@ -198,21 +172,26 @@ def fit_v100(serving: SiliconConstants, e1: Mapping[str, FloatArray]) -> Silicon
         # V100 is of another generation, so its power law may deviate from H100's by four times the spread.
         return np.concatenate([*parts, x / 4.0])
 
-    return _moved(serving, _POWER_LAW, _gauss_newton(f, len(_POWER_LAW)))
+    return moved(serving, SPREAD, POWER_LAW, gauss_newton(f, len(POWER_LAW)))
 
 
 def calibrate(data: Path) -> tuple[dict[str, SiliconConstants], dict[str, str]]:
     """All constants and where they came from."""
     serving = fit_serving(load_mlenergy(data / "mlenergy" / "lm-arena-chat.json"))
     v100 = fit_v100(serving["H100-SXM"], load_gridpilot_e1(data / "gridpilot" / "E1_summary_table.csv"))
+    a100 = fit_a100(serving["H100-SXM"], load_mlenergy_v2(data / "mlenergy_v2_a100" / "llm_text_generation.csv"))
+    rtx = fit_rtx_pro_6000(serving["H100-SXM"], load_mmbt(data / "mmbt_rtx_pro_6000" / "sweep.csv"))
     mlenergy = "fitted on the ML.ENERGY Benchmark v3 (lm-arena-chat)"
     return (
-        {"V100-SXM2": v100, "A100-SXM": serving["H100-SXM"], **serving},
+        {"V100-SXM2": v100, "A100-SXM": a100, **serving, "RTX PRO 6000": rtx},
         {
             "V100-SXM2": "power law fitted on GridPilot E1 (arXiv 2605.26384); serving constants transferred from H100",
-            "A100-SXM": "transferred: H100's dimensionless constants, no A100 was measured",
+            "A100-SXM": "power law and clock-bound latency fitted on FACTS's cells of capped serving (PALS) and the "
+            "ML.ENERGY Leaderboard v2; efficiencies and overheads of serving transferred from H100",
             "H100-SXM": f"{mlenergy} and FACTS's cap-to-clock and training tables",
             "B200": f"{mlenergy} and FACTS's capped decode of a 235B MoE",
+            "RTX PRO 6000": "fitted on MMBT's sweep of capped vLLM; activations, links and expert imbalance "
+            "transferred from H100",
         },
     )
 

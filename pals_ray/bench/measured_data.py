@@ -14,7 +14,7 @@ import numpy as np
 
 from pals_ray.models.fitting.sample_checks import SampleTable
 from pals_ray.models.power_model import FloatArray
-from pals_ray.models.specs import Parallelism, find_gpu, find_model
+from pals_ray.models.specs import Parallelism, UnknownSpecError, find_gpu, find_model
 
 #: Throughput in Zeus's files is one over the time of an epoch; only ratios within a group mean anything.
 _ZEUS_MIN_CELLS = 20
@@ -73,6 +73,33 @@ def load_mlenergy(path: Path) -> list[Curve]:
         table = SampleTable(cap_w, batch, throughput, power_w, num_gpus, {"itl_p50_s": itl_s})
         curves.append(Curve(model_id, find_model(model_id).family, gpu.name, Parallelism(tensor, expert), table))
     return curves
+
+
+def load_mlenergy_v2(path: Path) -> dict[tuple[str, int], FloatArray]:
+    """The ML.ENERGY Leaderboard v2's A100 file: by (model, tensor parallelism) of the models whose shape is known.
+
+    Rows are (mean batch, tokens/s, mean W of all GPUs, mean output tokens) at the default power limit.
+    """
+    columns = ("mean_batch", "tokens_per_s", "mean_power_w", "mean_output_tokens")
+    out = {}
+    for (model, tensor, stages), rows in _read(path, ("model", "tp", "pp"), columns).items():
+        try:
+            name = find_model(model).name
+        except UnknownSpecError:
+            continue
+        if stages == "1":
+            out[name, int(tensor)] = rows
+    return out
+
+
+def load_mmbt(path: Path) -> dict[tuple[str, float], FloatArray]:
+    """MMBT's sweep of capped vLLM on an RTX PRO 6000: by (model, concurrent requests), falling caps.
+
+    Rows are (cap W, tokens/s, mean W, mean SM clock MHz).
+    """
+    columns = ("power_cap_w", "tokens_per_s", "mean_power_w", "sm_clock_mhz")
+    groups = _read(path, ("model", "concurrency"), columns)
+    return {(find_model(model).name, float(seqs)): rows for (model, seqs), rows in groups.items()}
 
 
 def load_gridpilot_e1(path: Path) -> dict[str, FloatArray]:

@@ -23,12 +23,14 @@ from pals_ray.bench.calibrate import (
     h100_capped,
     log_errors,
 )
+from pals_ray.bench.caps.report import a100_section, rtx_section
 from pals_ray.bench.measured_data import (
     Curve,
     StepResponse,
     gridpilot_caps,
     gridpilot_steps,
     load_mlenergy,
+    load_mmbt,
     zeus_groups,
 )
 from pals_ray.errors import PalsError
@@ -282,6 +284,8 @@ def report(data: Path) -> str:
         *_batch_section(batch_errors(curves)),
         *_prior_section(prior_errors(curves)),
         *_cap_section(data),
+        *a100_section(),
+        *rtx_section(load_mmbt(data / "mmbt_rtx_pro_6000" / "sweep.csv")),
         "### Speed",
         "",
         f"{LOOKUPS:,} random points in one call: {lookup_ms(longest):.1f} ms (median of 30 calls).",

@@ -1,4 +1,4 @@
-"""`pals bench policies`: `uniform` against `pals` under a tight budget, on the real default deployment."""
+"""`pals bench policies`: a baseline against `pals` under one budget, on the real default deployment."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from pals_ray.plots.tables import Report, table
 from pals_ray.profiling.load import ClosedLoop, OpenLoop, Requests, RequestShape, loaded
 from pals_ray.simulation.traces import Trace, clipped, poisson
 
-POLICIES = ("uniform", "pals")
-#: Offered output tokens/s, as a share of what each model serves alone and uncapped.
+#: Offered output tokens/s, as a share of what each model serves alone and uncapped, unless one share is asked for.
 LOAD = {"tiny-dense": 0.95, "tiny-moe": 0.45}
 UNCAPPED_S, SETTLE_S = 60.0, 5.0
 STREAMS = 32
@@ -24,35 +23,39 @@ STREAMS = 32
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of a policy: shares of violations in judged intervals, output tokens per J of the node, mean W."""
+    """One run of a policy: the share of good requests of all models, output tokens per J of the node, mean W."""
 
     policy: str
-    violations: float
+    attainment: float
     tokens_per_j: float
     tokens_per_s: float
     mean_w: float
     failures: int
 
 
-def run(minutes: float, pairs: int, budget_w: float, trace: Path) -> Report:
+def run(minutes: float, pairs: int, budget_w: float, trace: Path, baseline: str, load: float | None) -> Report:
     """Offer both models the same open-loop load under one budget, divided by either policy in turn."""
+    shares = LOAD if load is None else dict.fromkeys(LOAD, load)
     with served_fleet() as served:
         lengths = azure_lengths(served, trace)
         uncapped = asyncio.run(_uncapped(served, lengths, min(UNCAPPED_S, 60.0 * minutes)))
-        runs = list(_runs(served, lengths, uncapped, 60.0 * minutes, pairs, budget_w))
+        offered = {model: shares[model] * rate for model, rate in uncapped.items()}
+        runs = list(_runs(served, lengths, offered, 60.0 * minutes, pairs, budget_w, (baseline, "pals")))
     shown = table(
-        ("policy", "violations", "tokens/J", "tokens/s", "mean W", "failed requests"),
-        map(_row, (*runs, *(mean_of(runs, policy) for policy in POLICIES))),
+        ("policy", "attainment", "tokens/J", "tokens/s", "mean W", "failed requests"),
+        map(_row, (*runs, *(mean_of(runs, policy) for policy in (baseline, "pals")))),
         left=("policy",),
         title=f"{pairs} x {minutes:g} min each at {budget_w:g} W for four virtual A100s, open-loop load",
     )
     rates = "uncapped: " + ", ".join(f"{model} {rate:.0f} tok/s" for model, rate in uncapped.items())
-    return Report(figures(runs) | {"uncapped_tokens_per_s": uncapped}, shown, rates)
+    said = figures(runs, baseline)
+    saved = f"pals draws {said['saving']:.1%} less than {baseline}"
+    return Report(said | {"uncapped_tokens_per_s": uncapped}, shown, rates, saved)
 
 
 def _row(r: Run) -> tuple[str, ...]:
     watts, failures = f"{r.mean_w:.0f}", str(r.failures)
-    return r.policy, f"{r.violations:.1%}", f"{r.tokens_per_j:.4f}", f"{r.tokens_per_s:.1f}", watts, failures
+    return r.policy, f"{r.attainment:.1%}", f"{r.tokens_per_j:.4f}", f"{r.tokens_per_s:.1f}", watts, failures
 
 
 def mean_of(runs: list[Run], policy: str) -> Run:
@@ -62,24 +65,32 @@ def mean_of(runs: list[Run], policy: str) -> Run:
     return Run(f"{policy}, mean", **means, failures=sum(row["failures"] for row in rows))
 
 
-def figures(runs: list[Run]) -> dict[str, float]:
-    """The figures of the JSON object: means per policy."""
-    means = {policy: mean_of(runs, policy) for policy in POLICIES}
-    return {f"{p}_{name}": getattr(m, name) for p, m in means.items() for name in ("violations", "tokens_per_j")} | {
-        "failures": float(sum(run.failures for run in runs))
+def figures(runs: list[Run], baseline: str) -> dict[str, float]:
+    """The figures of the JSON object: means per policy, and how much less `pals` draws."""
+    means = {policy: mean_of(runs, policy) for policy in (baseline, "pals")}
+    names = ("attainment", "tokens_per_j", "mean_w")
+    return {f"{policy}_{name}": getattr(mean, name) for policy, mean in means.items() for name in names} | {
+        "saving": 1.0 - means["pals"].mean_w / means[baseline].mean_w,
+        "failures": float(sum(run.failures for run in runs)),
     }
 
 
 def _runs(
-    served: ServedFleet, lengths: Trace, uncapped: dict[str, float], run_s: float, pairs: int, budget_w: float
+    served: ServedFleet,
+    lengths: Trace,
+    offered_tokens_per_s: dict[str, float],
+    run_s: float,
+    pairs: int,
+    budget_w: float,
+    policies: tuple[str, str],
 ) -> Iterator[Run]:
     for pair in range(pairs):
         # The same requests for both; which policy goes first alternates.
         loads = {
-            model: poisson(lengths, LOAD[model] * rate / float(lengths.output_tokens.mean()), run_s, seed=pair)
-            for model, rate in uncapped.items()
+            model: poisson(lengths, rate / float(lengths.output_tokens.mean()), run_s, seed=pair)
+            for model, rate in offered_tokens_per_s.items()
         }
-        for policy in POLICIES if pair % 2 == 0 else reversed(POLICIES):
+        for policy in policies if pair % 2 == 0 else reversed(policies):
             served.redeploy(budget_w=budget_w, policy=f"policies.{policy}:allocate")
             yield asyncio.run(_run(served, policy, loads, run_s))
 
@@ -94,7 +105,9 @@ async def _run(served: ServedFleet, policy: str, loads: dict[str, Trace], run_s:
         raise BenchError(f"the fleet used {in_use} in a run of {policy}")
     failures = sum(len(load.result.failures) for load in clients)
     mean_w, tokens_per_s, tokens_per_j = seen.rates()
-    return Run(policy, seen.violation_share, tokens_per_j, tokens_per_s, mean_w, failures)
+    if seen.attainment is None:
+        raise BenchError(f"no request was judged in a run of {policy}: is the load being served?")
+    return Run(policy, seen.attainment, tokens_per_j, tokens_per_s, mean_w, failures)
 
 
 async def _uncapped(served: ServedFleet, lengths: Trace, for_s: float) -> dict[str, float]:

@@ -22,12 +22,12 @@ import ray
 import yaml
 
 import pals_ray
-from pals_ray.control.slo import QosState, observe, tally_of
 from pals_ray.engine.control_block import ControlBlock, block_path
 from pals_ray.errors import PalsError
 from pals_ray.gpus.virtual import VirtualDriver
 from pals_ray.runtime.client import Fleet
 from pals_ray.runtime.node.node_file import node_key, state_path
+from pals_ray.types import Verdicts
 
 URL = "http://127.0.0.1:8000"
 UP_DEADLINE_S = 240.0
@@ -148,12 +148,12 @@ def _answers(model: str) -> bool:
 @dataclass(slots=True)
 class Watch:
     """What a fleet's counters said, every half second: `time_s` (monotonic), `energy_j` of all GPUs of the node, and
-    output `tokens` of all engines since their start; the QoS of each model, judged on the way."""
+    output `tokens` of all engines since their start; and, by model, the requests judged meanwhile."""
 
     time_s: list[float] = field(default_factory=list)
     energy_j: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    qos: dict[str, QosState] = field(default_factory=dict)
+    verdicts: dict[str, Verdicts] = field(default_factory=dict)
 
     def rates(self) -> tuple[float, float, float]:
         """Mean W, output tokens/s and output tokens/J, from the first look to the last."""
@@ -161,10 +161,9 @@ class Watch:
         return energy_j / elapsed_s, tokens / elapsed_s, tokens / energy_j
 
     @property
-    def violation_share(self) -> float:
-        """Violations over judged intervals of all models."""
-        totals = [state.totals for state in self.qos.values()]
-        return sum(t.violations for t in totals) / max(sum(t.intervals for t in totals), 1)
+    def attainment(self) -> float | None:
+        """The share of good requests of those judged, of all models together; None without any."""
+        return sum(self.verdicts.values(), Verdicts()).attainment
 
 
 async def watch(served: ServedFleet, duration_s: float) -> Watch:
@@ -173,8 +172,8 @@ async def watch(served: ServedFleet, duration_s: float) -> Watch:
     blocks = {
         row.replica_id: ControlBlock.attach(block_path(served.key, row.replica_id.partition("#")[2])) for row in rows
     }
-    targets = {row.model: row.target for row in rows}
-    gpus, seen = VirtualDriver.attach(served.key).gpus(), Watch(qos={model: QosState() for model in targets})
+    gpus, seen = VirtualDriver.attach(served.key).gpus(), Watch()
+    before = {name: block.telemetry().verdicts for name, block in blocks.items()}
     until_s = time.monotonic() + duration_s
     due_s = time.monotonic()
     while True:
@@ -183,10 +182,11 @@ async def watch(served: ServedFleet, duration_s: float) -> Watch:
         seen.time_s.append(now_s)
         seen.energy_j.append(sum(gpu.energy_j() for gpu in gpus))
         seen.tokens.append(sum(engine.generation_tokens for engine in engines.values()))
-        for model, state in seen.qos.items():
-            tallies = {n: tally_of(e, targets[model]) for n, e in engines.items() if n.partition("#")[0] == model}
-            seen.qos[model] = observe(state, now_s, tallies, targets[model])
         if now_s >= until_s:
+            for name, engine in engines.items():
+                model = name.partition("#")[0]
+                judged = engine.verdicts - before[name]
+                seen.verdicts[model] = seen.verdicts.get(model, Verdicts()) + judged
             return seen
         due_s = max(due_s + SAMPLE_S, now_s)
         await asyncio.sleep(due_s - time.monotonic())

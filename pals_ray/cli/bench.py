@@ -52,13 +52,17 @@ def _policies(
     minutes: Annotated[float, typer.Option(help="How long each run lasts.")] = 5.0,
     pairs: Annotated[int, typer.Option(help="Runs of each policy, alternating.")] = 3,
     budget_w: Annotated[float, typer.Option("--budget", help="Watts for the four GPUs.")] = 600.0,
+    baseline: Annotated[str, typer.Option(help="The policy to compare with.")] = "uniform",
+    load: Annotated[
+        float | None, typer.Option(help="Share of what each model serves uncapped; default: tight at 600 W.", min=0.01)
+    ] = None,
     trace: Annotated[Path, typer.Option(help="Azure's LLM inference trace: lengths are drawn from it.")] = Path(
         "../shared/data/azure_llm_2023/AzureLLMInferenceTrace_conv.csv"
     ),
     as_json: AsJson = False,
 ) -> None:
     """Offer both models the same open-loop load under one budget, divided by either policy in turn."""
-    policies.run(minutes, pairs, budget_w, trace).print(as_json)
+    policies.run(minutes, pairs, budget_w, trace, baseline, load).print(as_json)
 
 
 @app.command("reaction")

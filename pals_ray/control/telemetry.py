@@ -14,6 +14,8 @@ from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry, Latency, ReplicaTel
 #: Over what rates and power are taken, s, and latencies.
 RATE_S = 5.0
 LATENCY_S = 60.0
+#: The mean request of the longer window is told by so many requests or more.
+FEW_REQUESTS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,18 @@ def _per_s(first: EngineTelemetry, last: EngineTelemetry) -> float:
     """Requests/s that came in between two readings."""
     passed_s = last.time_s - first.time_s
     return (last.arrived - first.arrived) / passed_s if passed_s > 0.0 else 0.0
+
+
+def _output_tokens(first: EngineTelemetry, last: EngineTelemetry) -> float:
+    """Output tokens of the mean request between two readings, with `FEW_REQUESTS` of the mean one since the start.
+
+    Those that still run are half done on average. 0 before any has ended.
+    """
+    if not last.requests_finished:
+        return 0.0
+    mean = last.generation_tokens / (last.requests_finished + last.running / 2)
+    tokens, ended = last.generation_tokens - first.generation_tokens, last.requests_finished - first.requests_finished
+    return (tokens + FEW_REQUESTS * mean) / (ended + (last.running - first.running) / 2 + FEW_REQUESTS)
 
 
 def between(first: Reading, last: Reading) -> ReplicaTelemetry:
@@ -125,9 +139,9 @@ class TelemetryWindow:
             prompt_tokens_per_s=(now.prompt_tokens - before.prompt_tokens) / span_s,
             arriving_per_s=_per_s(before, now),
             arriving_long_per_s=_per_s(oldest, now),
-            # Those that still run have computed their prompts, and are half done on average.
+            # Those that still run have computed their prompts.
             prompt_tokens=now.prompt_tokens / (ended + now.running) if ended else 0.0,
-            output_tokens=now.generation_tokens / (ended + now.running / 2) if ended else 0.0,
+            output_tokens=_output_tokens(oldest, now),
             power_w=power_w,
             energy_j=last.energy_j,
             tokens=now.generation_tokens,

@@ -46,7 +46,8 @@ class GpuSpec:
 
     FLOP/s are dense tensor-core rates. `dense_fp8_flops_per_s` equals the 16-bit rate where the part has no FP8.
     `nvlink_bytes_per_s` counts both directions, as datasheets do. `power_is_one_second_average` says what NVML's plain
-    power reading gives on this part.
+    power reading gives on this part. `pulses_clock` says that it keeps a cap which even its lowest SM clock would
+    exceed, at the price of speed; other parts draw more than such a cap.
     """
 
     name: str
@@ -63,6 +64,7 @@ class GpuSpec:
     memory_bytes: float
     nvlink_bytes_per_s: float
     power_is_one_second_average: bool
+    pulses_clock: bool
     source: str
 
 
@@ -156,7 +158,7 @@ def find_gpu(name: str) -> GpuSpec:
     for spec in GPUS.values():
         chip, _, board = spec.name.partition("-")
         # NVML says "NVIDIA H100 80GB HBM3" for SXM parts and names the board only on PCIe and NVL ones.
-        if chip.lower() in asked and (
+        if _key(chip) in asked and (
             not board or board.lower() in asked or not {"pcie", "nvl"} & set(name.lower().split())
         ):
             return spec

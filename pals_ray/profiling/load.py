@@ -172,7 +172,7 @@ class OpenLoop(ClosedLoop):
     """The requests of a trace, sent to one model at their times from the start on. Leaving waits for the last answer,
     unless what is in flight or still to come is abandoned.
 
-    An engine that falls behind is not spared: that is what queues, and violations, come from.
+    An engine that falls behind is not spared: that is what queues, and late requests, come from.
     """
 
     def __init__(self, base_url: str, model: str, trace: Trace, timeout_s: float = 600.0) -> None:

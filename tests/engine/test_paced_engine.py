@@ -122,13 +122,13 @@ def test_a_lower_cap_lengthens_steps_and_lowers_the_draw_to_just_under_it(paced_
         assert all(0.9 * cap_w < draw_w <= cap_w for draw_w in window.energy_w)
 
 
-def test_at_the_clock_floor_the_draw_stays_above_the_lowest_cap(paced_engine, held):
+def test_at_the_lowest_cap_an_a100_keeps_it_and_its_steps_are_long(paced_engine, held):
     set_caps(held, 100, 100)
     window = decode_window(paced_engine, held, steps=5)
-    physics, work = group_physics(held), decode_work(batch=12)
-    floor_w = [physics.step(work, 100, gpu.die).power_w for gpu in held]
-    assert min(floor_w) > 110
-    assert window.energy_w == pytest.approx(floor_w, rel=MARGIN)
+    assert window.step_s > 2 * expected_s(held, 150, 150)
+    assert max(window.energy_w) <= 100
+    expected_w = group_physics(held).group_step(decode_work(batch=12), (100, 100), [gpu.die for gpu in held]).power_w
+    assert window.energy_w == pytest.approx(expected_w, rel=MARGIN)
 
 
 def test_the_energy_booked_is_the_draw_times_wall_time(paced_engine, held):

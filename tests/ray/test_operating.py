@@ -62,7 +62,7 @@ def test_a_replica_rests_until_it_is_asked_and_is_granted_what_it_then_needs(ser
     wait_for(lambda: fleet.limits_w() == [100] * 4, 20, "idle replicas do not rest at the lowest cap", 0.1)
     for replica in (one, two):
         row = fleet.of(replica)
-        assert row.predicted_by.startswith("roofline prior of Qwen3-32B on 1 A100-SXM (transferred")
+        assert row.predicted_by.startswith("roofline prior of Qwen3-32B on 1 A100-SXM (power law")
         assert "no demand" in row.reason
         assert (row.batch_limit, row.expected.demand_tokens_per_s) == (MAX_BATCH, 0)
     with loaded(fleet, one):

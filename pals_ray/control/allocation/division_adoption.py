@@ -15,17 +15,17 @@ def adoption(
     new_value: Sequence[float],
     frees: Sequence[str] = (),
 ) -> tuple[bool, str]:
-    """Whether to adopt a new division, and why: it is forced, repairs a violation, frees replicas or gains over 1 %.
+    """Whether to adopt a new division, and why: it is forced, helps who falls short, frees replicas or gains over 1 %.
 
-    `forced` says what forces it (None: nothing), `repairs` names the replicas in violation that would get more. `frees`
-    names replicas that their grants hold down and that would get more at no other replica's cost. What those could
-    serve shows only afterwards, because clients that wait for their answers ask for no more than they are served.
+    `forced` says what forces it (None: nothing), `repairs` names the replicas that fall short and would get more.
+    `frees` names replicas that their grants hold down and that would get more at no other replica's cost. What those
+    could serve shows only afterwards, because clients that wait for their answers ask for no more than they are served.
     Values are per priority class, first class first; the first that differs by more than 1 % decides.
     """
     if forced is not None:
         return True, forced
     if repairs:
-        return True, f"more for {', '.join(repairs)}, in violation"
+        return True, f"more for {', '.join(repairs)}, which fall short"
     if frees:
         return True, f"more for {', '.join(frees)}, held by their grants, out of watts that nobody uses"
     gain = 0.0

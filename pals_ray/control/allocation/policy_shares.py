@@ -24,7 +24,7 @@ from pals_ray.control.slo import SERVED
 from pals_ray.control.snapshot import FleetSnapshot, ReplicaSnapshot, Share
 from pals_ray.models.power_model import PowerModel
 
-#: A violation is repaired by a raise of at least this share of the present grant.
+#: Falling short is repaired by a raise of at least this share of the present grant.
 LEAST_RAISE = 0.01
 #: A budget that moved forces a new division if it leaves more than this share of itself free, or fell by more.
 FREE_SHARE = 0.002
@@ -92,7 +92,7 @@ def targets_tokens_per_s(snapshot: FleetSnapshot) -> dict[str, float | None]:
     return parts
 
 
-def violating(replica: ReplicaSnapshot, wanted_tokens_per_s: float) -> bool:
+def falls_short(replica: ReplicaSnapshot, wanted_tokens_per_s: float) -> bool:
     """Whether it served less than was wanted in its last window while requests waited."""
     seen = replica.telemetry
     return seen.waiting > 0 and seen.throughput_tokens_per_s < SERVED * wanted_tokens_per_s
@@ -137,7 +137,7 @@ def _adoption(snapshot: FleetSnapshot, fleet: FleetMenus, charge_w: FloatArray, 
     binds = np.array([r.telemetry.binding_share >= BINDING for r in rows])
     at_grant = np.array([r.charge_w >= (1 - LEAST_RAISE) * r.grant_w for r in rows])
     costly = (binds & (charge_w < grant_w)).any()
-    repairs = [i for i in np.flatnonzero(gains) if violating(rows[i], fleet.replicas[i].wanted_tokens_per_s)]
+    repairs = [i for i in np.flatnonzero(gains) if falls_short(rows[i], fleet.replicas[i].wanted_tokens_per_s)]
     return adoption(
         _forced(snapshot, fleet, grant_w),
         [rows[i].replica_id for i in repairs],

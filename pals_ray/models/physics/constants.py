@@ -31,6 +31,11 @@ class SiliconConstants:
     `cap_margin` is how far below a binding cap the mean draw lies. Overheads are seconds of host and launch time:
     `prefill_layer_overhead_s` comes on top in steps with prompt tokens, which run outside the full CUDA graph,
     `expert_layer_overhead_s` in mixture-of-experts layers (routing and permutation).
+
+    Energy per cycle falls with the clock as `voltage_floor + (1 - voltage_floor) clock^(clock_exponent - 1)`: below
+    some clock the voltage falls no further. `latency_clock_share` is the part of the overheads of layers, experts and
+    all-reduces that runs in SM cycles, so as 1 / clock. Both are 0 on a GPU type of which no measurement tells them:
+    only serving under caps does.
     """
 
     memory_efficiency: float = _calibrated(0.8, 0.08)
@@ -55,6 +60,8 @@ class SiliconConstants:
     dram_power: float = _calibrated(0.2, 0.3)
     occupancy_power: float = _calibrated(0.2, 0.5)
     cap_margin: float = _calibrated(0.025)
+    voltage_floor: float = _calibrated(0.0)
+    latency_clock_share: float = _calibrated(0.0)
 
 
 def _row(gpu: str, provenance: str, **constants: float) -> tuple[str, SiliconConstants]:

@@ -5,7 +5,8 @@ and activations through memory, FLOPs through the tensor cores, all-reduces over
 idle draw plus parts that follow the clock and the load; a cap admits the highest clock whose draw lies within it. A
 lower clock slows compute in proportion, but memory only below a knee, where the on-chip fabric can no longer keep DRAM
 busy. So lowering the cap leaves decode alone down to some cap and then slows it steeply, while prefill slows from the
-start (FACTS, "Physics of a capped GPU").
+start (FACTS, "Physics of a capped GPU"). Where even the lowest clock draws more than the cap, some parts draw more than
+it, and others keep it by pulsing that clock (`GpuSpec.pulses_clock`).
 
 Throughout, a *clock* is a share of the GPU's highest SM clock, in (0, 1].
 """
@@ -30,6 +31,8 @@ _B = TypeVar("_B", bool, NDArray[np.bool_])
 
 _BISECTIONS = 16
 _TINY = 1e-12
+#: The least share of time for which a pulsed clock runs.
+LEAST_DUTY = 0.02
 
 # More tokens in a step keep more SMs at work, which draws more than their FLOPs and bytes explain. In the ML.ENERGY
 # file every doubling of tokens adds about as many watts; a small exponent follows that. The factor is 1 at vLLM's full
@@ -37,6 +40,9 @@ _TINY = 1e-12
 _FULL_CHUNK_TOKENS = 8192.0
 _OCCUPANCY_EXPONENT = 0.2
 _E = math.e
+
+#: What a step needs (see `GroupPhysics._needs`).
+_Needs = tuple[_N, _N, _N, _N, _N, _N]
 
 
 class StepWork(NamedTuple):
@@ -62,7 +68,8 @@ def mean_prefill_context(chunks: Sequence[tuple[float, float]]) -> float:
 class Step(Generic[_N, _B]):
     """One GPU's step, or arrays of many: duration, mean draw, clock share, and what it would draw uncapped.
 
-    `binding` says that the cap holds the clock down, `honours_cap` is False where even the clock floor draws more.
+    `binding` says that the cap holds the clock down, `honours_cap` is False where even the clock floor draws more. A
+    pulsed clock counts with its mean.
     """
 
     duration_s: _N
@@ -107,8 +114,9 @@ class GroupPhysics:
         self.constants = c = constants if constants is not None else constants_for(gpu.name)
         n = parallelism.num_gpus
         bandwidth = gpu.bandwidth_bytes_per_s
-        flops = gpu.dense_fp8_flops_per_s if model.weight_bytes <= 1.0 else gpu.dense_bf16_flops_per_s
         # A GPU without FP8 units reads FP8 weights and computes in 16 bits; its `dense_fp8_flops_per_s` is that rate.
+        # Weights of fewer bits are unpacked to 16.
+        flops = gpu.dense_fp8_flops_per_s if model.weight_bytes == 1.0 else gpu.dense_bf16_flops_per_s
         self._shared_read_s = model.shared_params * model.weight_bytes / n / bandwidth
         self._expert_read_s = model.expert_params * model.weight_bytes / n / bandwidth
         # More ranks than KV heads replicate them; a latent cache is whole on every rank.
@@ -127,16 +135,20 @@ class GroupPhysics:
         self._pair_compute_s = (
             4.0 * model.attending_layers * model.attention_heads * model.head_dim / n / gpu.dense_bf16_flops_per_s
         )
-        self._fixed_s = c.step_overhead_s + c.layer_overhead_s * model.layers
+        latency_s = c.layer_overhead_s * model.layers
         if model.is_moe:
-            self._fixed_s += c.expert_layer_overhead_s * model.layers
-        self._prefill_fixed_s = c.prefill_layer_overhead_s * model.layers
+            latency_s += c.expert_layer_overhead_s * model.layers
         self._token_link_s = 0.0
         if n > 1:
-            self._fixed_s += 2.0 * model.layers * c.all_reduce_latency_s
+            latency_s += 2.0 * model.layers * c.all_reduce_latency_s
             # Ring all-reduce, twice a layer: 2 (n - 1) / n of the activations, over half the duplex NVLink rate.
             link = gpu.nvlink_bytes_per_s / 2.0 * c.link_efficiency
             self._token_link_s = 2.0 * model.layers * 2.0 * (n - 1) / n * model.hidden * 2.0 / link
+        # What a layer takes at any load is partly the host's and partly runs in SM cycles; launches outside the CUDA
+        # graph are the host's.
+        self._latency_s = c.latency_clock_share * latency_s
+        self._fixed_s = c.step_overhead_s + latency_s - self._latency_s
+        self._prefill_fixed_s = c.prefill_layer_overhead_s * model.layers
         span_w = gpu.max_limit_w - gpu.idle_context_w
         self._active_w = c.active_power * span_w
         self._busy_w = c.busy_power * span_w
@@ -148,7 +160,7 @@ class GroupPhysics:
         # Memory efficiency was fitted at the highest clock, so the fabric's slowdown is taken relative to it.
         self._fabric_norm = (1.0 + c.fabric_knee**c.fabric_sharpness) ** (1.0 / c.fabric_sharpness)
 
-    def _needs(self, prefill: _N, context: _N, seqs: _N, kv: _N) -> tuple[_N, _N, _N, _N, _N, _N]:
+    def _needs(self, prefill: _N, context: _N, seqs: _N, kv: _N) -> _Needs[_N]:
         """What a step needs, in seconds at the datasheet's rates.
 
         Memory and compute of the most loaded rank (they set the time), fixed time, memory and compute of the mean rank
@@ -173,21 +185,22 @@ class GroupPhysics:
         occupancy: _N = (tokens / _FULL_CHUNK_TOKENS) ** _OCCUPANCY_EXPONENT
         return peak_memory, peak_compute, fixed, memory, compute, occupancy
 
-    def _duration(self, needs: tuple[_N, _N, _N, _N, _N, _N], clock: _N) -> _N:
-        """Seconds of a step: p-norm of memory and compute time (partial overlap), plus fixed time."""
+    def _duration(self, needs: _Needs[_N], clock: _N) -> _N:
+        """Seconds of a step: p-norm of memory and compute time (partial overlap), plus what takes time at any load."""
         memory, compute, fixed, _, _, _ = needs
         c = self.constants
         fabric = (1.0 + (c.fabric_knee / clock) ** c.fabric_sharpness) ** (1.0 / c.fabric_sharpness)
         memory_s = memory / c.memory_efficiency * fabric / self._fabric_norm
         compute_s = compute / c.compute_efficiency / clock
         busy: _N = (memory_s**c.overlap + compute_s**c.overlap) ** (1.0 / c.overlap)
-        return fixed + busy
+        return fixed + self._latency_s / clock + busy
 
-    def _power(self, needs: tuple[_N, _N, _N, _N, _N, _N], clock: _N, die: float) -> _N:
-        """Mean W of one GPU: energy per FLOP and per on-chip byte goes as clock^(n-1), DRAM's stays the same."""
+    def _power(self, needs: _Needs[_N], clock: _N, die: float) -> _N:
+        """Mean W of one GPU: energy per FLOP and on-chip byte falls with the clock to a floor, DRAM's does not."""
         _, _, _, memory, compute, occupancy = needs
         duration = self._duration(needs, clock)
-        per_cycle: _N = clock ** (self.constants.clock_exponent - 1.0)
+        floor = self.constants.voltage_floor
+        per_cycle: _N = floor + (1.0 - floor) * clock ** (self.constants.clock_exponent - 1.0)
         on_chip = (compute * self._compute_w + memory * self._fabric_w) / duration
         dynamic = (
             self._active_w
@@ -207,7 +220,10 @@ class GroupPhysics:
         low, high = self.clock_floor, 1.0
         floor_w = self._power(needs, low, die)
         if floor_w >= goal_w:
-            return Step(self._duration(needs, low), floor_w, low, natural_w, True, floor_w <= cap_w)
+            duty = self._duty(goal_w, floor_w)
+            idle_w = self.gpu.idle_context_w
+            power_w = idle_w + duty * (floor_w - idle_w)
+            return Step(self._duration(needs, low) / duty, power_w, duty * low, natural_w, True, power_w <= cap_w)
         for _ in range(_BISECTIONS):
             middle = 0.5 * (low + high)
             if self._power(needs, middle, die) <= goal_w:
@@ -215,6 +231,13 @@ class GroupPhysics:
             else:
                 high = middle
         return Step(self._duration(needs, low), self._power(needs, low, die), low, natural_w, True, True)
+
+    def _duty(self, goal_w: float, floor_w: float) -> float:
+        """Share of time for which the lowest clock runs under a goal that its draw, `floor_w`, exceeds."""
+        if not self.gpu.pulses_clock:
+            return 1.0
+        idle_w = self.gpu.idle_context_w
+        return max((goal_w - idle_w) / (floor_w - idle_w), LEAST_DUTY)
 
     def group_step(self, work: StepWork, caps_w: Sequence[float], dies: Sequence[float]) -> GroupStep:
         """A step of the replica: the slowest rank's time; faster ranks wait for it at their idle draw."""
@@ -259,5 +282,10 @@ class GroupPhysics:
                 within = self._power(needs, middle, 1.0) <= goal_w
                 low, high = np.where(within, middle, low), np.where(within, high, middle)
         clock = np.where(free, 1.0, low)
-        power_w = self._power(needs, clock, 1.0)
-        return Step(self._duration(needs, clock), power_w, clock, natural_w, ~free, floor_w <= cap)
+        power_w, duration_s = self._power(needs, clock, 1.0), self._duration(needs, clock)
+        if self.gpu.pulses_clock:
+            idle_w = self.gpu.idle_context_w
+            duty = np.clip((goal_w - idle_w) / (floor_w - idle_w), LEAST_DUTY, 1.0)
+            clock, duration_s, power_w = clock * duty, duration_s / duty, idle_w + duty * (power_w - idle_w)
+            floor_w = idle_w + duty * (floor_w - idle_w)
+        return Step(duration_s, power_w, clock, natural_w, ~free, floor_w <= cap)

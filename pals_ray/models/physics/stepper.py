@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import exp, log
 
-from pals_ray.models.physics.step_cost import GroupPhysics
+from pals_ray.models.physics.step_cost import LEAST_DUTY, GroupPhysics
 
 #: Relative error of dynamic power at which the search stops; as fine as the bisection in `step_cost`.
 _TOLERANCE = 1e-4
@@ -60,8 +60,9 @@ class GroupStepper(GroupPhysics):
         """Duration, s, dynamic watts of a die of factor 1, and whether the goal holds the clock down (1 or 0)."""
         peak_memory, peak_compute, fixed, memory, compute, occupancy = needs
         c = self.constants
-        sharp, overlap, per_cycle = c.fabric_sharpness, c.overlap, c.clock_exponent - 1.0
+        sharp, overlap, exponent, kept = c.fabric_sharpness, c.overlap, c.clock_exponent - 1.0, c.voltage_floor
         knee, bend, join = c.fabric_knee, 1.0 / c.fabric_sharpness, 1.0 / c.overlap
+        latency_s = self._latency_s
         memory_s = peak_memory / c.memory_efficiency / self._fabric_norm
         compute_s = peak_compute / c.compute_efficiency
         base_w, dram_j = self._active_w, memory * self._dram_w
@@ -70,8 +71,10 @@ class GroupStepper(GroupPhysics):
 
         def at(clock: float) -> tuple[float, float]:
             fabric = (1.0 + (knee / clock) ** sharp) ** bend
-            duration_s = fixed + ((memory_s * fabric) ** overlap + (compute_s / clock) ** overlap) ** join
-            return duration_s, base_w + clock**per_cycle * (clock_w * clock + chip_j / duration_s) + dram_j / duration_s
+            busy_s = ((memory_s * fabric) ** overlap + (compute_s / clock) ** overlap) ** join
+            duration_s = fixed + latency_s / clock + busy_s
+            per_cycle = kept + (1.0 - kept) * clock**exponent
+            return duration_s, base_w + per_cycle * (clock_w * clock + chip_j / duration_s) + dram_j / duration_s
 
         duration_s, watts = at(1.0)
         if watts <= goal_w:
@@ -83,7 +86,12 @@ class GroupStepper(GroupPhysics):
         for turn in range(_MOST_TURNS):
             duration_s, watts = at(exp(clock))
             off = log(watts) - goal
-            if -_TOLERANCE < off < _TOLERANCE or (clock == floor and off > 0.0):
+            if -_TOLERANCE < off < _TOLERANCE:
+                break
+            if clock == floor and off > 0.0:
+                if self.gpu.pulses_clock:
+                    duty = max(goal_w / watts, LEAST_DUTY)
+                    duration_s, watts = duration_s / duty, watts * duty
                 break
             if off > 0.0:
                 high = clock

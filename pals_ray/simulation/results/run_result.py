@@ -1,4 +1,4 @@
-"""The result of a run: every request, every replica over time, energy, violations, and how the budget was kept."""
+"""The result of a run: every request, every replica over time, energy, SLOs, and how the budget was kept."""
 
 from __future__ import annotations
 

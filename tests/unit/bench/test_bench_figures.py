@@ -12,7 +12,7 @@ from pals_ray.bench import regulation as bench_regulation
 from pals_ray.bench.served_fleet import Watch, default_fleet
 from pals_ray.config.fleet import parse_fleet_config
 from pals_ray.control.budget.regulation import synthetic_signal
-from pals_ray.control.slo import QosState, QosTotals
+from pals_ray.types import Verdicts
 
 WATTS = {"base_w": 800.0, "range_w": 120.0, "ceiling_w": 1150.0}
 
@@ -50,16 +50,17 @@ def test_too_short_a_run_has_an_error_and_no_score():
 def test_a_watch_says_mean_watts_tokens_and_the_share_of_violations():
     seen = watched(lambda t: 500.0, 10)
     assert seen.rates() == pytest.approx((500, 2, 0.004))
-    seen.qos = {"a": QosState(totals=QosTotals(intervals=30, violations=3)), "b": QosState()}
-    assert seen.violation_share == 0.1
+    assert seen.attainment is None
+    seen.verdicts = {"a": Verdicts(good=26, late_ttft=1, late_tpot=2), "b": Verdicts(good=1)}
+    assert seen.attainment == 0.9
 
 
 def test_policies_are_compared_by_their_means():
     rows = (("uniform", 0.2, 0.4, 0), ("pals", 0.1, 0.5, 1), ("pals", 0.0, 0.7, 0), ("uniform", 0.4, 0.4, 0))
     runs = [bench_policies.Run(policy, share, rate, 100.0, 550.0, failed) for policy, share, rate, failed in rows]
-    said = bench_policies.figures(runs)
-    assert said["uniform_violations"] == pytest.approx(0.3)
-    assert said["pals_violations"] == pytest.approx(0.05)
+    said = bench_policies.figures(runs, "uniform")
+    assert said["uniform_attainment"] == pytest.approx(0.3)
+    assert said["pals_attainment"] == pytest.approx(0.05)
     assert said["pals_tokens_per_j"] == pytest.approx(0.6)
     assert said["failures"] == 1
 

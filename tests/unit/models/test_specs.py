@@ -40,13 +40,14 @@ def test_every_model_cites_a_source_and_its_parts_add_up(name):
         ("Tesla V100-SXM2-32GB", "V100-SXM2"),
         ("NVIDIA A100-SXM4-80GB", "A100-SXM"),
         ("b200", "B200"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000"),
     ],
 )
 def test_gpus_are_found_by_the_names_that_nvml_gives(asked, found):
     assert find_gpu(asked).name == found
 
 
-@pytest.mark.parametrize("asked", ["NVIDIA H100 PCIe", "RTX 4090", ""])
+@pytest.mark.parametrize("asked", ["NVIDIA H100 PCIe", "RTX 4090", "NVIDIA RTX A6000", ""])
 def test_an_unknown_gpu_is_refused_with_the_known_ones(asked):
     with pytest.raises(UnknownSpecError, match="H100-SXM"):
         find_gpu(asked)
@@ -56,6 +57,23 @@ def test_models_are_found_with_organisation_and_variant_and_fp8_only_when_asked(
     assert find_model("Qwen/Qwen3-30B-A3B-Instruct-2507").name == "Qwen3-30B-A3B"
     assert find_model("meta-llama/Llama-3.1-405B-Instruct-FP8").weight_bytes == 1.0
     assert find_model("meta-llama/Llama-3.1-405B-Instruct").weight_bytes == 2.0
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("openai-community/gpt2", "GPT-2"),
+        ("meta-llama/Llama-2-7b-hf", "Llama-2-7B"),
+        ("mistralai/Mistral-7B-v0.1", "Mistral-7B"),
+        ("allenai/OLMoE-1B-7B-0924", "OLMoE-1B-7B"),
+        ("Qwen/Qwen1.5-MoE-A2.7B", "Qwen1.5-MoE-A2.7B"),
+        ("deepseek-ai/deepseek-moe-16b-base", "DeepSeek-MoE-16B"),
+        ("microsoft/Phi-3.5-MoE-instruct", "Phi-3.5-MoE"),
+        ("mistralai/Mixtral-8x7B-v0.1", "Mixtral-8x7B"),
+    ],
+)
+def test_every_model_of_pals_is_known_by_its_published_name(asked, found):
+    assert find_model(asked).name == found
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones():

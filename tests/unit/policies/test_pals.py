@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pals_ray.control.allocation.division_adoption import adoption
-from pals_ray.control.allocation.policy_shares import targets_tokens_per_s, violating
+from pals_ray.control.allocation.policy_shares import falls_short, targets_tokens_per_s
 from pals_ray.control.snapshot import Domain
 from pals_ray.errors import InfeasibleBudget
 from pals_ray.types import ReplicaTelemetry, Target
@@ -106,7 +106,7 @@ def test_pals_moves_when_the_present_grants_are_over_a_budget(models):
     assert "rack's grants are 10 W over" in shares["a"].reason
 
 
-def test_pals_repairs_a_violation_for_less_than_one_percent(models):
+def test_pals_helps_who_falls_short_for_less_than_one_percent(models):
     starved = replica_snapshot(
         "starved",
         demand=100,
@@ -116,7 +116,7 @@ def test_pals_repairs_a_violation_for_less_than_one_percent(models):
     others = [replica_snapshot(f"r{i}", demand=100, grant_w=160) for i in range(5)]
     shares = pals.allocate(fleet_snapshot(1000, starved, *others), models)
     assert shares["starved"].charge_w > 140
-    assert "starved, in violation" in shares["starved"].reason
+    assert "starved, which fall short" in shares["starved"].reason
 
 
 def test_a_replica_without_a_model_is_served_by_its_natural_draw(models):
@@ -184,13 +184,13 @@ def test_targets_are_divided_by_demand_and_evenly_where_that_is_unknown():
     assert targets_tokens_per_s(parked) == {"a": None, "b": 90}
 
 
-def test_a_violation_is_a_queue_under_the_target():
+def test_who_has_a_queue_under_the_target_falls_short():
     def seen(**telemetry):
         return replica_snapshot(telemetry=ReplicaTelemetry(running=1, **telemetry))
 
-    assert violating(seen(waiting=1, throughput_tokens_per_s=94), 100)
-    assert not violating(seen(waiting=1, throughput_tokens_per_s=95), 100)
-    assert not violating(seen(waiting=0, throughput_tokens_per_s=10), 100)
+    assert falls_short(seen(waiting=1, throughput_tokens_per_s=94), 100)
+    assert not falls_short(seen(waiting=1, throughput_tokens_per_s=95), 100)
+    assert not falls_short(seen(waiting=0, throughput_tokens_per_s=10), 100)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,6 @@ def test_the_first_class_that_differs_by_more_than_one_percent_decides(present, 
     assert adoption(None, [], present, new)[0] is adopts
 
 
-def test_what_is_forced_or_repairs_a_violation_is_adopted_at_any_gain():
+def test_what_is_forced_or_helps_who_falls_short_is_adopted_at_any_gain():
     assert adoption("forced: a death", [], [1.0], [0.5])[0]
     assert adoption(None, ["r1"], [1.0], [0.99])[0]

@@ -115,8 +115,9 @@ def test_a_cut_slows_the_step_under_way_within_its_settling():
     engine.read(cut_s + 0.05)
     assert engine.power_w == pytest.approx(low.power_w, rel=1e-3)
     engine.advance(1000.0)
-    expected_s = cut_s + 0.5 * low.duration_s
-    assert log.first_token_s[0] == pytest.approx(expected_s, rel=0.05)
+    # The cut settles within 40 ms, in which the step may go on at up to full speed.
+    expected_s, head_start_s = cut_s + 0.5 * low.duration_s, 0.04 * (low.duration_s / full_s - 1.0)
+    assert expected_s - head_start_s <= log.first_token_s[0] <= 1.001 * expected_s
 
 
 def test_a_load_step_overshoots_a_binding_cap_for_a_moment():

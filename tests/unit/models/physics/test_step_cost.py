@@ -1,11 +1,15 @@
 """How long a step takes and what it draws, with and without a cap."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pals_ray.models.physics.constants import constants_for
 from pals_ray.models.physics.step_cost import (
+    LEAST_DUTY,
     GroupPhysics,
     StepWork,
     distinct_expert_share,
@@ -44,10 +48,44 @@ def test_a_draw_is_under_its_cap_unless_the_clock_floor_holds_it_there_and_that_
     step = group.step(work, cap_w)
     if step.power_w > cap_w:
         assert not step.honours_cap
-        assert step.clock == pytest.approx(group.clock_floor)
-        assert step.power_w == pytest.approx(group.locked_step(work, group.clock_floor)[1])
+        duty = LEAST_DUTY if group.gpu.pulses_clock else 1.0
+        idle_w = group.gpu.idle_context_w
+        floor_w = group.locked_step(work, group.clock_floor)[1]
+        assert step.clock == pytest.approx(duty * group.clock_floor)
+        assert step.power_w == pytest.approx(idle_w + duty * (floor_w - idle_w))
     else:
         assert step.honours_cap
+
+
+@given(st.sampled_from(sorted(MODELS)), st.sampled_from([1, 2, 4, 8]), works)
+def test_a_part_that_pulses_its_clock_keeps_its_lowest_cap_at_any_load_and_is_slow_there(model, tensor, work):
+    group = GroupPhysics(find_gpu("A100"), MODELS[model], Parallelism(tensor))
+    low, middle = (group.step(work, cap_w, die=1.03) for cap_w in (100.0, 150.0))
+    assert low.honours_cap
+    assert low.power_w <= 100.0
+    assert low.duration_s >= middle.duration_s
+    if low.clock < group.clock_floor:
+        assert low.power_w == pytest.approx(100.0 * (1.0 - group.constants.cap_margin))
+
+
+def test_a_clock_that_falls_to_the_voltage_floor_saves_no_energy_per_cycle_from_there_on():
+    at = find_gpu("A100")
+    constants = replace(constants_for(at.name), active_power=0.0, dram_power=0.0, voltage_floor=0.4)
+    group = GroupPhysics(at, find_model("Llama-3.1-8B"), Parallelism(), constants)
+    draws_w = [group.locked_step(PREFILL, clock)[1] - at.idle_context_w for clock in (0.2, 0.4)]
+    assert draws_w[1] / draws_w[0] == pytest.approx(2.0, rel=0.05)
+
+
+def test_latency_that_follows_the_clock_slows_a_small_step_and_costs_nothing_at_the_highest_clock():
+    def times_s(share):
+        constants = replace(constants_for("A100-SXM"), latency_clock_share=share)
+        group = GroupPhysics(find_gpu("A100"), find_model("OLMoE-1B-7B"), Parallelism(4), constants)
+        return [group.locked_step(StepWork(decode_seqs=1, kv_tokens=300), clock)[0] for clock in (1.0, 0.5)]
+
+    (host, host_slow), (chip, chip_slow) = times_s(0.0), times_s(1.0)
+    assert chip == pytest.approx(host)
+    assert host_slow < 1.1 * host
+    assert chip_slow > 1.5 * chip
 
 
 @given(groups, works, st.floats(60, 1000))

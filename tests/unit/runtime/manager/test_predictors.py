@@ -4,6 +4,7 @@ import pytest
 
 from pals_ray.config.fleet import parse_fleet_config
 from pals_ray.config.reader import ConfigError
+from pals_ray.models.physics.constants import provenance_of
 from pals_ray.models.physics.roofline import RooflineModel
 from pals_ray.models.physics.step_cost import GroupPhysics
 from pals_ray.models.profile import Profile, ProfileError, ProfileSample
@@ -47,9 +48,7 @@ def test_the_prior_of_what_it_stands_for_is_tabulated_at_the_time_scale_of_virtu
     predictors = Predictors(fleet(stands_for="Qwen3-32B"))
     slowed = predictors.of("m", PRODUCT, 1, virtual=True)
     real = Predictors(fleet(stands_for="Qwen3-32B")).of("m", "NVIDIA A100-SXM4-80GB", 1, virtual=False)
-    assert slowed.source == (
-        "roofline prior of Qwen3-32B on 1 A100-SXM (transferred: H100's dimensionless constants, no A100 was measured)"
-    )
+    assert slowed.source == f"roofline prior of Qwen3-32B on 1 A100-SXM ({provenance_of('A100-SXM')})"
     truth = RooflineModel(GroupPhysics(find_gpu("A100-SXM"), find_model("Qwen3-32B"), Parallelism(1)), time_scale=2.0)
     for cap_w, batch in ((100, 1), (170, 12), (260, 32), (400, 32)):
         said, true = slowed.surface.predict(cap_w, batch), truth.predict(cap_w, batch)
