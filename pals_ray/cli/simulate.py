@@ -11,6 +11,7 @@ from rich.console import Console
 import pals_ray.bench.validate_simulation as validation
 from pals_ray.cli.options import AsJson, Jobs, SampleTrace
 from pals_ray.evaluation.policy_tables import terminal_table
+from pals_ray.evaluation.results import shown
 from pals_ray.evaluation.scenario_run import plan_scenario, run_plans, write_report
 from pals_ray.plots.tables import Report
 
@@ -31,9 +32,11 @@ def simulate(
     plan = plan_scenario(scenario, sample_trace, policy or (), seeds, case)
     (found,) = run_plans([plan], out, jobs, Console(stderr=as_json))
     page = write_report(plan, found, out)
-    shown = terminal_table(found, f"{found['scenario']}: {len(found['cases'])} cases")
-    figures = {key: found[key] for key in ("scenario", "policies")}
-    Report(figures, shown, f"page, pictures and every case: {page}").print(as_json, indent=2)
+    table = terminal_table(found, f"{found['scenario']}: {len(found['cases'])} cases")
+    lines = [
+        f"left out, since static cannot serve it: {', '.join(o['left_out'])} ({o['case']})" for o in found["left_out"]
+    ]
+    Report(shown(found), table, *lines, f"page, pictures and every case: {page}").print(as_json, indent=2)
 
 
 def validate_simulation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,22 +11,26 @@ from pydantic import Field, field_validator, model_validator
 from pals_ray.config.fleet import DomainConfig, KnownGpu, KnownModel, OverheadConfig, Watts
 from pals_ray.config.reader import ConfigError, StrictModel, check_mapping, read_content
 from pals_ray.config.target import Seconds, TargetedModel
+from pals_ray.types import Slo
 
 #: The scenarios that come with pals-ray, in the checkout's top folder.
 SHIPPED = Path(__file__).parents[2] / "scenarios"
-#: Policies by the name that a scenario and a table give them; `power_only@B` is the one at batch B.
-POLICIES = (
-    "static",
-    "uniform",
-    "proportional",
-    "slack_steal",
-    "batch_only",
-    "power_only",
-    "power_only_best",
-    "pals",
-    "exact",
-)
+#: Policies by the name that a scenario and a table give them, and what each leaves to the agents' controllers, which
+#: are the same under all of them. `NAME@B` is that policy on engines that start at B sequences (`start_batch`).
+POLICIES = {
+    "static": "nothing: highest cap, batch limit at the start value (64, or @B), no budget",
+    "uniform": "caps within an even split of the budget by GPU, batch limits",
+    "proportional": "caps within a split by each replica's load, batch limits",
+    "slack_steal": "caps within an even split whose unused watts move, batch limits",
+    "batch_only": "batch limits; caps pinned at an even split of the budget",
+    "power_only": "caps within grants by value; batch limits pinned at the start value",
+    "pals": "caps and batch limits within grants by value",
+    "exact": "the same; the budget divided by mixed-integer programming",
+}
+#: `static`'s batch limit, where its name says no other.
+STATIC_BATCH = 64
 
+Demand = Literal["own", "together"]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
@@ -108,18 +113,19 @@ class TraceSpec(StrictModel):
 
 
 class LoadSpec(StrictModel):
-    """Offered load: one case for each share of what a reference fleet serves when saturated.
+    """Offered load: one case for each share of capacity, the highest requests/s at which a reference attains the SLO.
 
-    `of` is `static` (highest cap, the start batch) or `budget` (every GPU at its even part of the budget, the start
-    batch). `peak_over_mean` scales the swings of a trace's arrivals so that its fullest 5 min have that many times
-    the mean (None: unscaled). `saturated` adds a case in which requests never run out. At the start requests rise to
-    the full load over `ramp_s`.
+    `of` is that reference: `static` (highest cap) or `budget` (every GPU at its even part of the budget), at a batch
+    limit of 64 either way. `peak_over_mean` scales the swings of a trace's arrivals so that its fullest 5 min have that
+    many times the mean (None: unscaled). `demands` adds a case each: with its `own` each model has the trace from
+    another start, `together` all have their peaks at the same time (at the first budget only). At the start requests
+    rise to the full load over `ramp_s`.
     """
 
     shares: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.9, 0.7, 0.5)
     of: Literal["static", "budget"] = "static"
     peak_over_mean: Annotated[float, Field(ge=1, le=10)] | None = None
-    saturated: bool = False
+    demands: Annotated[tuple[Demand, ...], Field(min_length=1)] = ("own",)
     ramp_s: float = Field(60.0, ge=0, le=3600)
 
 
@@ -152,29 +158,50 @@ class RegulationSpec(StrictModel):
 
 
 class BudgetSpec(StrictModel):
-    """The budget, W at node level: `watts` as it is, or `shares` of what the fleet is charged at its highest caps (a
-    case each, `sweep_s` long); with neither, that charge itself. `event` adds a case; `regulation` replaces all."""
+    """The budget, W at node level: `watts` (a case each), or `shares` of what the fleet is charged at its highest caps
+    (a case each, `sweep_s` long); with neither, that charge itself. `event` adds a case; `regulation` replaces all."""
 
-    watts: Watts | None = None
+    watts: tuple[Watts, ...] = ()
     shares: tuple[Share, ...] = ()
     sweep_s: Seconds | None = None
     event: EventSpec | None = None
     regulation: RegulationSpec | None = None
 
+    @field_validator("watts", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, watts: object) -> object:
+        return watts if isinstance(watts, list | tuple) else [watts]
+
     @model_validator(mode="after")
     def _one_way(self) -> BudgetSpec:
-        if self.watts is not None and self.shares:
+        if self.watts and self.shares:
             raise ValueError("give watts or shares, not both")
+        if len(self.watts) > 1 and (self.event is not None or self.regulation is not None):
+            raise ValueError("an event or a regulation signal goes with one budget")
         if self.regulation is not None and (self.event is not None or self.shares):
             raise ValueError("a regulation signal goes with neither an event nor shares")
         return self
 
 
-class LimitSpec(StrictModel):
-    """Latency limits as multiples of the p99 of `static` at the same demand."""
+class LatencyLimits(StrictModel):
+    """A request is good within both, s."""
 
-    itl_p99: float = Field(1.25, gt=1)
-    ttft_p99: float = Field(2.0, gt=1)
+    ttft_s: Seconds
+    tpot_s: Seconds
+
+
+class LimitSet(LatencyLimits):
+    """The limits of every model; those in `models` have others."""
+
+    models: dict[str, LatencyLimits] = Field(default_factory=dict)
+
+    def slo_of(self, model: ModelSpecEntry) -> Slo:
+        """The SLO of a model: its own target's where that has limits, else these."""
+        own = model.target.target().slo
+        if own.judges:
+            return own
+        limits = self.models.get(model.name, self)
+        return replace(own, ttft_s=limits.ttft_s, tpot_s=limits.tpot_s)
 
 
 class FailureSpec(StrictModel):
@@ -195,10 +222,11 @@ class FailureSpec(StrictModel):
 
 
 class Scenario(StrictModel):
-    """One evaluation: every fleet under every load and every budget, each with every policy and seed.
+    """One evaluation: every fleet with every set of limits, load and budget, each with every policy and seed.
 
-    `violation_limit` is the violation rate up to which a gain counts (`static`'s own where that is larger).
-    `tuning_seeds` are those that `power_only_best` is tuned on, apart from the reported ones.
+    `least_requests` are judged in each case, of all its seeds together: for that a run is longer than `duration_s`
+    where it has to be. A gain counts at an attainment of `least_attainment` over all seeds, or `static`'s own where
+    that is less. On the `tuning_seeds` capacities and the oracle's points are found, apart from the reported ones.
     """
 
     name: str
@@ -209,21 +237,22 @@ class Scenario(StrictModel):
     trace: TraceSpec
     load: LoadSpec = LoadSpec()
     budget: BudgetSpec = BudgetSpec()
-    limits: LimitSpec = LimitSpec()
+    limits: dict[str, LimitSet] = Field({"server": LimitSet(ttft_s=2.0, tpot_s=0.1)}, min_length=1)
     failures: tuple[FailureSpec, ...] = ()
     policies: Annotated[tuple[str, ...], Field(min_length=1)]
     oracle: bool = False
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (1,)
     tuning_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (101,)
-    violation_limit: float = Field(0.01, ge=0, lt=1)
+    least_requests: int = Field(0, ge=0)
+    least_attainment: float = Field(0.987, gt=0, lt=1)
 
     @field_validator("policies")
     @classmethod
     def _known_policies(cls, policies: tuple[str, ...]) -> tuple[str, ...]:
         for policy in policies:
-            name, _, batch = policy.partition("@")
-            if name not in POLICIES or (batch and (name != "power_only" or not batch.isdigit() or int(batch) < 1)):
-                raise ValueError(f"unknown policy {policy!r}; possible are {', '.join(POLICIES)}, power_only@BATCH")
+            name, at, batch = policy.partition("@")
+            if name not in POLICIES or (at and not (batch.isdigit() and int(batch) > 0)):
+                raise ValueError(f"unknown policy {policy!r}; possible are {', '.join(POLICIES)}, each with @BATCH too")
         if len(set(policies)) < len(policies):
             raise ValueError("a policy is there twice")
         return policies
@@ -234,17 +263,27 @@ class Scenario(StrictModel):
             raise ValueError("two fleets have the same name")
         if set(self.seeds) & set(self.tuning_seeds):
             raise ValueError("seeds and tuning_seeds overlap: what was tuned on a seed proves nothing there")
-        if self.load.of == "budget" and self.budget.watts is None:
+        if self.load.of == "budget" and not self.budget.watts:
             raise ValueError("load.of: budget needs budget.watts")
         event = self.budget.event
         if event is not None and not event.start_s < event.end_s <= self.duration_s:
             raise ValueError(f"the event must start before it ends, and end within {self.duration_s:g} s")
+        served = {model.name for fleet in self.fleets for model in fleet.models}
+        strange = sorted({name for limits in self.limits.values() for name in limits.models} - served)
+        if strange:
+            raise ValueError(f"limits of {', '.join(strange)}, which no fleet serves")
         if self.oracle and any(len(fleet.models) > 1 for fleet in self.fleets):
             raise ValueError("the oracle is for fleets of one model each")
         late = [failure for failure in self.failures if failure.at_s >= self.duration_s]
         if late:
             raise ValueError(f"a failure at {late[0].at_s:g} s comes after the end at {self.duration_s:g} s")
         return self
+
+
+def start_batch(policy: str, max_batch: int) -> int:
+    """What the engines of a model start at under a policy: its `@BATCH`, and never more than the scenario says."""
+    name, _, batch = policy.partition("@")
+    return min(int(batch) if batch else STATIC_BATCH if name == "static" else max_batch, max_batch)
 
 
 def find_scenario(asked: str | Path) -> Path:

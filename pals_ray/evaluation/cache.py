@@ -17,11 +17,13 @@ from typing import Any
 
 from pals_ray.evaluation.cases import Case
 from pals_ray.evaluation.results import run_case
-from pals_ray.evaluation.runs import CONFIRMED, TUNED_BATCHES, CaseRuns
+from pals_ray.evaluation.runs import CaseRuns
 from pals_ray.plots.tables import Json
 from pals_ray.simulation.traces import Trace
 from pals_ray.whole_file import write_whole
 
+#: The oracle's point takes about so many runs on each tuning seed.
+_ORACLE_RUNS = 30
 #: The sources that decide a result: a change in any of them makes every kept result stale.
 _SOURCES = ("pals_ray/simulation", "pals_ray/control", "pals_ray/models", "pals_ray/evaluation", "policies")
 _POLL_S = 0.2
@@ -42,9 +44,7 @@ class Job:
         """Changes when anything does that could change the result."""
         scenario = self.case.scenario.model_dump(mode="json", exclude={"about", "fleets", "policies", "seeds"})
         spec = [scenario, self.case.fleet.model_dump(mode="json"), self.case.name, self.policies, self.seeds]
-        trace = self.lengths
-        sums = [float(column.sum()) for column in (trace.arrival_s, trace.prompt_tokens, trace.output_tokens)]
-        text = json.dumps([spec, sums, _code()], sort_keys=True)
+        text = json.dumps([spec, _sums(self.lengths), _code()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -56,18 +56,23 @@ class Job:
         """Where its result is kept."""
         return out / "cases" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', self.name)}.json"
 
-    def runs_at_most(self) -> int:
-        """How many simulations it takes: a bound, for a progress bar."""
+    def about_runs(self) -> int:
+        """How many simulations it takes, about: for a progress bar."""
         scenario, seeds = self.case.scenario, len(self.seeds)
-        tuned = len(TUNED_BATCHES) * len(scenario.tuning_seeds) * ("power_only_best" in self.policies)
-        # A bisection over a few hundred W for each of the oracle's points.
-        oracle = 9 * CONFIRMED * seeds * (scenario.oracle and self.case.load is not None)
-        return 1 + seeds * (2 + len(self.policies)) + tuned + oracle
+        models = len(self.case.fleet.models)
+        tuned = _ORACLE_RUNS * len(scenario.tuning_seeds) * scenario.oracle
+        starts = {policy.partition("@")[2] for policy in self.policies}
+        return models * len(starts) + seeds * (1 + len(self.policies)) + tuned + 1
 
     def gpu_s(self) -> float:
         """Simulated time of all its runs times GPUs: a measure of how long it takes."""
         gpus = sum(node.count * node.gpus for node in self.case.fleet.nodes)
-        return self.runs_at_most() * self.case.simulated_s * gpus
+        return self.about_runs() * self.case.duration_s * gpus
+
+
+def _sums(trace: Trace) -> tuple[float, ...]:
+    """What tells one trace from another."""
+    return tuple(float(column.sum()) for column in (trace.arrival_s, trace.prompt_tokens, trace.output_tokens))
 
 
 @cache
@@ -104,7 +109,7 @@ def run_jobs(
         if found is None:
             todo.append(job)
         else:
-            tick(job.name, job.runs_at_most())
+            tick(job.name, job.about_runs())
             yield job, found
     if not todo:
         return
@@ -112,7 +117,7 @@ def run_jobs(
     context = get_context("spawn")
     queue: SimpleQueue[str] = context.SimpleQueue()
     done: Counter[str] = Counter()
-    most = {job.name: job.runs_at_most() for job in todo}
+    most = {job.name: job.about_runs() for job in todo}
     with ProcessPoolExecutor(min(processes, len(todo)), context, _begin, (queue,)) as pool:
         waiting = {pool.submit(_work, job): job for job in sorted(todo, key=Job.gpu_s, reverse=True)}
         while waiting:
@@ -131,6 +136,12 @@ def run_jobs(
 
 
 _queue: Any = None
+#: The traces that this process has seen: what is found out with one is remembered with it.
+_traces: dict[tuple[float, ...], Trace] = {}
+
+
+def _interned(trace: Trace) -> Trace:
+    return _traces.setdefault(_sums(trace), trace)
 
 
 def _begin(queue: SimpleQueue[str]) -> None:
@@ -139,5 +150,5 @@ def _begin(queue: SimpleQueue[str]) -> None:
 
 
 def _work(job: Job) -> Json:
-    runs = CaseRuns(job.case, job.lengths, job.folder, lambda: _queue.put(job.name))
+    runs = CaseRuns(job.case, _interned(job.lengths), job.folder, job.seeds, lambda: _queue.put(job.name))
     return run_case(runs, job.policies, job.seeds)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
 from pals_ray.config.budget_files import load_signal
-from pals_ray.config.scenario import FailureSpec, FleetSpec, LoadSpec, Scenario
+from pals_ray.config.scenario import Demand, FailureSpec, FleetSpec, LoadSpec, Scenario
 from pals_ray.config.trace_files import load_trace
 from pals_ray.control.budget.moving_budget import BudgetPlan, FollowedSignal
 from pals_ray.control.budget.regulation import synthetic_signal
@@ -26,10 +27,22 @@ from pals_ray.simulation.setting import (
     SimModel,
     SimNode,
 )
-from pals_ray.simulation.traces import Trace, bursts, clipped, diurnal, lengthened, poisson, ramped, resampled
+from pals_ray.simulation.traces import (
+    Trace,
+    bursts,
+    clipped,
+    continued,
+    diurnal,
+    lengthened,
+    poisson,
+    ramped,
+    resampled,
+)
 
 #: Time in which engines fill and controllers find their first points; not counted, s.
 WARM_UP_S = 120.0
+#: For so long requests are followed after the end, while the load goes on, until each has its verdict, s.
+FOLLOW_S = 600.0
 #: Load at which requests never run out, as a multiple of what is expected to be served.
 SATURATION = 1.5
 
@@ -38,27 +51,35 @@ BudgetKind = Literal["constant", "event", "regulation"]
 
 @dataclass(frozen=True)
 class Case:
-    """One fleet under one load and one budget. `load` is a share of the reference's saturated tokens/s (None: requests
-    never run out), `budget_share` of the scenario's budget. `duration_s` is without the warm-up."""
+    """One fleet with one set of limits under one load and one budget.
+
+    `load` is a share of capacity, `demand` says whether all models have their peaks together. The budget is `budget_w`
+    (None: what the fleet is charged at its highest caps) times `budget_share`. `duration_s`, at least so long, is
+    without the warm-up.
+    """
 
     scenario: Scenario
     fleet: FleetSpec
-    load: float | None
+    limits: str
+    load: float
+    demand: Demand
     kind: BudgetKind
+    budget_w: float | None
     budget_share: float
     duration_s: float
 
     @property
-    def simulated_s(self) -> float:
-        """How long a run is, the warm-up included, s."""
-        return WARM_UP_S + self.duration_s
+    def budget(self) -> str:
+        """The budget in a word."""
+        if self.kind != "constant":
+            return self.kind
+        return f"{self.budget_w:g} W" if self.budget_w is not None else f"budget {self.budget_share:g}"
 
     @property
     def name(self) -> str:
         """Unique within the scenario."""
-        load = "saturated" if self.load is None else f"load {self.load:g}"
-        budget = f"budget {self.budget_share:g}" if self.kind == "constant" else self.kind
-        return f"{self.fleet.name}, {load}, {budget}"
+        demand = " together" if self.demand == "together" else ""
+        return f"{self.fleet.name}, {self.limits}, load {self.load:g}{demand}, {self.budget}"
 
     @property
     def kinds_of_models(self) -> str:
@@ -68,22 +89,22 @@ class Case:
 
 
 def cases_of(scenario: Scenario) -> list[Case]:
-    """Every case: each fleet with each load, and with each budget."""
-    spec, duration_s = scenario.budget, scenario.duration_s
-    budgets: list[tuple[BudgetKind, float, float]] = []
+    """Every case: each fleet with each set of limits, each load and each budget."""
+    spec, load, duration_s = scenario.budget, scenario.load, scenario.duration_s
+    first_w = spec.watts[0] if spec.watts else None
+    budgets: list[tuple[BudgetKind, float | None, float, float]] = []
     if spec.regulation is not None:
-        budgets.append(("regulation", 1.0, duration_s))
+        budgets.append(("regulation", first_w, 1.0, duration_s))
     if spec.event is not None:
-        budgets.append(("event", 1.0, duration_s))
-    budgets += [("constant", share, spec.sweep_s or duration_s) for share in spec.shares]
+        budgets.append(("event", first_w, 1.0, duration_s))
+    budgets += [("constant", first_w, share, spec.sweep_s or duration_s) for share in spec.shares]
     if not budgets:
-        budgets.append(("constant", 1.0, duration_s))
-    loads: list[float | None] = [*scenario.load.shares, *([None] if scenario.load.saturated else [])]
+        budgets += [("constant", watts, 1.0, duration_s) for watts in spec.watts or (None,)]
     return [
-        Case(scenario, fleet, load, kind, share, length_s)
-        for fleet in scenario.fleets
-        for load in loads
-        for kind, share, length_s in budgets
+        Case(scenario, fleet, limits, share, demand, kind, watts, budget_share, length_s)
+        for fleet, limits, demand in product(scenario.fleets, scenario.limits, load.demands)
+        for share, (kind, watts, budget_share, length_s) in product(load.shares, budgets)
+        if demand == "own" or watts == first_w
     ]
 
 
@@ -97,8 +118,8 @@ def read_lengths(scenario: Scenario, folder: Path, sample: bool) -> Trace:
     return clipped(lengthened(trace, spec.length_factor), spec.max_model_len)
 
 
-def fleet_of(scenario: Scenario, spec: FleetSpec, lengths: Trace) -> SimFleet:
-    """The simulator's fleet, without latency limits (they come from a run of `static`)."""
+def fleet_of(scenario: Scenario, spec: FleetSpec, limits: str, lengths: Trace) -> SimFleet:
+    """The simulator's fleet, with one of the scenario's sets of limits."""
     workload = Workload(float(lengths.prompt_tokens.mean()), float(lengths.output_tokens.mean()))
     gpu_of = {name: node.gpu for node in spec.nodes for name in node.models}
     models = tuple(
@@ -110,7 +131,7 @@ def fleet_of(scenario: Scenario, spec: FleetSpec, lengths: Trace) -> SimFleet:
             max_batch=model.max_batch,
             step_tokens=step_tokens(gpu_of[model.name]),
             workload=workload,
-            target=model.target.target(),
+            target=replace(model.target.target(), slo=scenario.limits[limits].slo_of(model)),
         )
         for model in spec.models
     )
@@ -153,23 +174,24 @@ def requests_for(
     load: LoadSpec,
     arrivals: str,
     lengths: Trace,
-    tokens_per_s: float,
+    requests_per_s: float,
     duration_s: float,
     seed: int,
     prompt_share: float = 0.0,
+    demand: Demand = "own",
 ) -> Trace:
-    """Requests of one model that ask for so many output tokens/s past the ramp, arriving as the scenario says.
+    """Requests of one model past the ramp, arriving as the scenario says; they go on for `FOLLOW_S` after the end.
 
     A trace's own lengths drift: over its parts the load is that of its mean lengths in work (`Trace.work`).
     """
-    rate = tokens_per_s / float(lengths.output_tokens.mean())
     if arrivals == "trace":
-        trace = resampled(lengths, rate, duration_s, seed, load.peak_over_mean, prompt_share)
+        own_start = demand == "own"
+        trace = resampled(lengths, requests_per_s, duration_s, seed, load.peak_over_mean, prompt_share, own_start)
     elif arrivals == "diurnal":
-        trace = diurnal(lengths, rate, duration_s, seed, period_s=duration_s)
+        trace = diurnal(lengths, requests_per_s, duration_s, seed, period_s=duration_s)
     else:
-        trace = {"bursts": bursts, "poisson": poisson}[arrivals](lengths, rate, duration_s, seed)
-    return ramped(trace, load.ramp_s, seed)
+        trace = {"bursts": bursts, "poisson": poisson}[arrivals](lengths, requests_per_s, duration_s, seed)
+    return ramped(continued(trace, FOLLOW_S), load.ramp_s, seed)
 
 
 def failures_of(specs: tuple[FailureSpec, ...]) -> tuple[Failure, ...]:
@@ -190,7 +212,7 @@ def budget_of(
     """The case's budget and the plan that moves it. `natural_w` is what `static` draws at the same demand. W at node
     level."""
     spec = case.scenario.budget
-    base_w = spec.watts if spec.watts is not None else full_charge_w(fleet)
+    base_w = case.budget_w if case.budget_w is not None else full_charge_w(fleet)
     if spec.regulation is not None:
         base_share, range_share = spec.regulation.base_share, spec.regulation.range_share
         following = Following(base_share * natural_w, range_share * natural_w, ceiling_w=full_charge_w(fleet))

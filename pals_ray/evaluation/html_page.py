@@ -31,13 +31,17 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def setup_lines(scenario: Scenario, trace: str) -> list[str]:
     """What was run, in sentences."""
-    overhead, limits = scenario.overhead, scenario.limits
+    overhead = scenario.overhead
+    limits = (
+        f"{name}: TTFT {1000 * limit.ttft_s:g} ms, TPOT {1000 * limit.tpot_s:g} ms"
+        for name, limit in scenario.limits.items()
+    )
     return [
         f"Requests: {trace}; arrivals: {scenario.trace.arrivals}; {scenario.duration_s:g} s simulated.",
         f"Node level is GPU watts plus {overhead.a_w:g} W + {overhead.b:g} x GPU watts for {overhead.gpus} GPUs: "
         f"{overhead.source.strip()}",
-        f"Latency limits: ITL p99 {limits.itl_p99:g}x and TTFT p99 {limits.ttft_p99:g}x those of static at the same "
-        f"demand. A gain counts at a violation rate of at most {100 * scenario.violation_limit:g} %, or static's own.",
+        f"Limits ({'; '.join(limits)}; some models have others). A gain counts where at least "
+        f"{100 * scenario.least_attainment:g} % of the requests of all seeds are good, or as many as static's.",
         "GPUs, power and step times are modelled, requests are as in the trace; the control code is the deployed one.",
     ]
 
@@ -50,7 +54,7 @@ def html_report(scenario: Scenario, trace: str, summary: Json, pictures: Sequenc
         f"<p>{escape(scenario.about)}</p>",
         *(f"<p class=note>{escape(line)}</p>" for line in setup_lines(scenario, trace)),
         "<h2>Policies</h2>",
-        "<p class=note>Means over cases (saturated ones apart); the worst case for budgets and settling.</p>",
+        "<p class=note>Means over cases; the worst case for budgets and settling.</p>",
         html_table(["", *summary["policies"]], policy_rows(summary["policies"])),
     ]
     for title, picture in pictures:

@@ -23,6 +23,11 @@ def gain_with_width(found: Json) -> str:
     return gain(found["mean"]) + ("" if width is None else f" ± {100 * width:.1f}")
 
 
+def precise(value: float | None) -> str:
+    """A share in percent to two digits."""
+    return percent(value, "z.2f")
+
+
 def _seconds(value: float) -> str:
     return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s"
 
@@ -36,7 +41,9 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("gain_over_static_counted", "counted gain, node", gain),
     ("gain_over_static_gpu_counted", "counted gain, GPU", gain),
     ("share_of_oracle_gain", "counted gain / oracle's", percent),
-    ("violation_rate", "violations", percent),
+    ("attainment", "attainment", precise),
+    ("late_rate", "late requests", precise),
+    ("under_target_rate", "time under target", percent),
     ("tokens_per_s", "tokens/s", "{:.0f}".format),
     ("goodput_tokens_per_s", "goodput, tokens/s", "{:.0f}".format),
     ("goodput_tokens_per_joule", "goodput, tokens/J, node", "{:.3f}".format),
@@ -59,6 +66,14 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
+#: The same of parts of a fleet, where it has several.
+PARTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("attainment_by_model", "attainment of", precise),
+    ("attainment_by_priority", "attainment, priority", precise),
+    ("goodput_tokens_per_s_by_priority", "goodput, tokens/s, priority", "{:.0f}".format),
+)
+
+
 def policy_rows(policies: Json) -> list[tuple[str, ...]]:
     """(title, a cell for each policy) of every figure that any policy has."""
     out = []
@@ -66,11 +81,12 @@ def policy_rows(policies: Json) -> list[tuple[str, ...]]:
         values = [entry.get(key) for entry in policies.values()]
         if any(value is not None for value in values):
             out.append((title, *("-" if value is None else write(value) for value in values)))
-    for key, title in (("violations_by_model", "violations of"), ("violations_by_priority", "violations, priority")):
+    for key, title, write in PARTS:
         names = dict.fromkeys(name for entry in policies.values() for name in entry.get(key, {}))
         if len(names) > 1:
             for name in names:
-                out.append((f"{title} {name}", *(percent(e.get(key, {}).get(name)) for e in policies.values())))
+                values = [entry.get(key, {}).get(name) for entry in policies.values()]
+                out.append((f"{title} {name}", *("-" if value is None else write(value) for value in values)))
     return out
 
 
@@ -81,7 +97,7 @@ def terminal_table(summary: Json, title: str) -> Table:
     return table(["", *policies], rows, left=("",), box=SIMPLE, title=title, title_justify="left", pad_edge=False)
 
 
-CASE_COLUMNS = ("case", "fleet", "gpu", "kind", "load", "budget", "budget_share")
+CASE_COLUMNS = ("case", "fleet", "gpu", "kind", "limit_set", "load", "demand", "budget", "budget_share")
 
 
 def cases_csv(cases: Sequence[Json]) -> str:
@@ -90,22 +106,24 @@ def cases_csv(cases: Sequence[Json]) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     gains = ("gain_over_static", "gain_over_static_gpu")
-    writer.writerow([*CASE_COLUMNS, "policy", *gains, "share_of_oracle_gain", "counts", *keys])
+    own = ("share_of_oracle_gain", "pooled_attainment", "counts")
+    writer.writerow([*CASE_COLUMNS, "policy", *gains, *own, *keys])
     for case in cases:
         for name, entry in case["policies"].items():
             known = [*(case[column] for column in CASE_COLUMNS), name, *(entry[key]["mean"] for key in gains)]
-            writer.writerow([*known, entry["share_of_oracle_gain"], entry["counts"], *map(entry["figures"].get, keys)])
+            writer.writerow([*known, *map(entry.get, own), *map(entry["figures"].get, keys)])
     return text.getvalue()
 
 
 def case_rows(cases: Sequence[Json]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table with a case each: load and limits, then gain and violations of every policy."""
+    """Head and rows of a table with a case each: gain and attainment of every policy."""
     names = list(dict.fromkeys(name for case in cases for name in case["policies"] if name != "static"))
-    head = ["case", "static tokens/J", "static violations", *(f"{name}: gain node / GPU, violations" for name in names)]
+    head = ["case", "static tokens/J", "static attainment", *(f"{name}: gain node / GPU, attainment" for name in names)]
     rows = []
     for case in cases:
-        static = case["policies"]["static"]["figures"]
-        cells = [case["case"], f"{static['tokens_per_joule']:.3f}", percent(static["violation_rate"])]
+        static = case["policies"]["static"]
+        tokens_per_joule = static["figures"]["tokens_per_joule"]
+        cells = [case["case"], f"{tokens_per_joule:.3f}", precise(static["pooled_attainment"])]
         rows.append([*cells, *(_case_cell(case["policies"].get(name)) for name in names)])
     return head, rows
 
@@ -115,4 +133,4 @@ def _case_cell(entry: Json | None) -> str:
         return "-"
     gains = f"{gain_with_width(entry['gain_over_static'])} / {gain(entry['gain_over_static_gpu']['mean'])}"
     mark = "" if entry["counts"] else " (does not count)"
-    return f"{gains}, {percent(entry['figures']['violation_rate'])}{mark}"
+    return f"{gains}, {precise(entry['pooled_attainment'])}{mark}"

@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 
 from pals_ray.evaluation.cases import WARM_UP_S
-from pals_ray.evaluation.runs import CaseRuns, Run
+from pals_ray.evaluation.runs import CaseRuns, Run, pooled_attainment
 from pals_ray.plots.tables import Json
 from pals_ray.simulation.results.figures import (
     REGULATION_FIGURES,
+    counts_as_gain,
     estimate,
     estimates,
     gain,
     means,
     model_figures,
-    violations_by_priority,
+    priority_figures,
 )
 from pals_ray.simulation.results.run_result import RunResult
+from pals_ray.types import Slo
 
 #: Points of a time series that a picture needs.
 SERIES_POINTS = 600
@@ -36,11 +38,30 @@ def run_case(runs: CaseRuns, policies: Sequence[str], seeds: Sequence[int]) -> J
     """Run a case with these policies (and `static`, the reference) and give everything that tables and pictures need.
 
     A gain is one over `static` on the same seed. `share_of_oracle_gain` is of the node-level gain, None without
-    an oracle or where that gains next to nothing.
+    an oracle or where that gains next to nothing. Where the reference serves no model within its limits there are no
+    policies.
     """
     case = runs.case
-    static = [runs.static(seed) for seed in seeds]
-    oracle = runs.oracle() if case.scenario.oracle and case.load is not None else None
+    head = {
+        "case": case.name,
+        "fleet": case.fleet.name,
+        "gpu": case.fleet.nodes[0].gpu,
+        "kind": case.kinds_of_models,
+        "limit_set": case.limits,
+        "load": case.load,
+        "demand": case.demand,
+        "budget": case.budget,
+        "budget_kind": case.kind,
+        "budget_share": case.budget_share,
+        "seeds": list(seeds),
+        "capacity_per_s": runs.capacity_per_s,
+        "limits": {m.name: _limits(m.target.slo) for m in runs.fleet.models},
+        "left_out": runs.left_out,
+    }
+    if not runs.rates_per_s:
+        return {**head, "policies": {}, "series": {}}
+    static = [runs.run("static", seed) for seed in seeds]
+    oracle = runs.oracle() if case.scenario.oracle else None
     oracle_gain = None if oracle is None else _gain(oracle[1], static)["mean"]
     made = {policy: [runs.run(policy, seed) for seed in seeds] for policy in dict.fromkeys(["static", *policies])}
     series = {policy: _series(of[0].result) for policy, of in made.items()}
@@ -49,40 +70,29 @@ def run_case(runs: CaseRuns, policies: Sequence[str], seeds: Sequence[int]) -> J
     found = {policy: _policy(runs, of, static, oracle_gain) for policy, of in made.items()}
     if oracle is not None:
         found["oracle"]["point"] = asdict(oracle[0])
-    fleet, natural_w, *_ = runs.limited(seeds[0])
-    limits = {m.name: {"ttft_p99_s": m.target.ttft_p99_s, "itl_p99_s": m.target.itl_p99_s} for m in fleet.models}
-    return {
-        "case": case.name,
-        "fleet": case.fleet.name,
-        "gpu": case.fleet.nodes[0].gpu,
-        "kind": case.kinds_of_models,
-        "load": case.load,
-        "budget": case.kind,
-        "budget_share": case.budget_share,
-        "duration_s": case.duration_s,
-        "seeds": list(seeds),
-        "saturated_tokens_per_s": runs.capacity_tokens_per_s,
-        "natural_draw_w": natural_w,
-        "limits": limits,
-        "policies": found,
-        "series": series,
-    }
+    return {**head, "duration_s": runs.duration_s, "policies": found, "series": series}
+
+
+def _limits(slo: Slo) -> Json:
+    return {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "attainment": slo.attainment}
 
 
 def _policy(runs: CaseRuns, made: Sequence[Run], static: Sequence[Run], oracle_gain: float | None) -> Json:
     node = _gain(made, static)
     spread = estimates([run.figures for run in made])
     by_model = [model_figures(run.result, WARM_UP_S) for run in made]
-    by_priority = [violations_by_priority(run.result, WARM_UP_S) for run in made]
+    by_priority = [priority_figures(run.result, WARM_UP_S) for run in made]
+    attainment, own = (pooled_attainment([run.figures for run in of]) for of in (made, static))
     return {
         "figures": {name: None if e is None else e.mean for name, e in spread.items()},
         "half_width": {name: None if e is None else e.half_width for name, e in spread.items()},
         "gain_over_static": node,
         "gain_over_static_gpu": _gain(made, static, "tokens_per_joule_gpu"),
         "share_of_oracle_gain": node["mean"] / oracle_gain if oracle_gain and oracle_gain >= LEAST_GAIN else None,
-        "counts": all(runs.counts(run) for run in made),
+        "pooled_attainment": attainment,
+        "counts": counts_as_gain(attainment, own, runs.case.scenario.least_attainment),
         "models": {name: means([found[name] for found in by_model]) for name in by_model[0]},
-        "violations_by_priority": means([{str(k): rate for k, rate in found.items()} for found in by_priority]),
+        "priorities": {str(name): means([found[name] for found in by_priority]) for name in by_priority[0]},
         "points": _points(made[0].result),
         "cuts": [asdict(cut) for cut in made[0].result.cuts],
         "notes": list(dict.fromkeys(note for run in made for note in run.result.notes)),
@@ -132,7 +142,9 @@ SUMMARY_FIGURES = (
     "tokens_per_s",
     "goodput_tokens_per_s",
     "goodput_tokens_per_joule",
-    "violation_rate",
+    "attainment",
+    "late_rate",
+    "under_target_rate",
     "ttft_p50_s",
     "ttft_p99_s",
     "itl_p50_s",
@@ -147,13 +159,36 @@ SUMMARY_FIGURES = (
 
 
 def summary(scenario: str, cases: Sequence[Json]) -> Json:
-    """A scenario's policies, each figure the plain mean over its cases; saturated ones are left out where there are
-    others. Counted gains take a gain whose violations are too many as none. The share of the oracle's gain is the mean
-    counted gain over the oracle's mean gain, on cases with an oracle."""
-    loaded = [case for case in cases if case["load"] is not None] or list(cases)
-    names = dict.fromkeys(name for case in loaded for name in case["policies"])
-    policies = {name: _summed([case for case in loaded if name in case["policies"]], name) for name in names}
-    return {"scenario": scenario, "policies": policies, "cases": list(cases)}
+    """A scenario's policies, each figure the plain mean over its cases. Counted gains take the gain of a case whose
+    attainment is too low as none. The share of the oracle's gain is the mean counted gain over the oracle's mean gain,
+    on cases with an oracle. `limits` are those of each model, by set; `left_out` says which models a case does without.
+    """
+    names = dict.fromkeys(name for case in cases for name in case["policies"])
+    policies = {name: _summed([case for case in cases if name in case["policies"]], name) for name in names}
+    limits: Json = {}
+    for case in cases:
+        for model, slo in case["limits"].items():
+            limits.setdefault(model, {})[case["limit_set"]] = slo
+    left_out = [{key: case[key] for key in ("case", "left_out")} for case in cases if case["left_out"]]
+    served = [case for case in cases if case["policies"]]
+    return {"scenario": scenario, "policies": policies, "limits": limits, "left_out": left_out, "cases": served}
+
+
+def shown(found: Json) -> Json:
+    """The part of a summary that `pals simulate --json` prints."""
+    cases = []
+    for case in found["cases"]:
+        policies = {}
+        for name, entry in case["policies"].items():
+            gains = {key: entry[key]["mean"] for key in ("gain_over_static", "gain_over_static_gpu")}
+            policies[name] = {
+                **{key: entry["figures"][key] for key in SUMMARY_FIGURES},
+                **gains,
+                **{key: entry[key] for key in ("share_of_oracle_gain", "pooled_attainment", "counts")},
+            }
+        about = {key: value for key, value in case.items() if key not in ("policies", "series")}
+        cases.append({**about, "policies": policies})
+    return {**found, "cases": cases}
 
 
 def _summed(cases: Sequence[Json], name: str) -> Json:
@@ -169,8 +204,9 @@ def _summed(cases: Sequence[Json], name: str) -> Json:
         found[key] = max(known, default=None)
     found["cases"] = len(cases)
     found["cases_that_count"] = sum(entry["counts"] for entry in entries)
-    found["violations_by_model"] = _merged([{m: v["violation_rate"] for m, v in e["models"].items()} for e in entries])
-    found["violations_by_priority"] = _merged([entry["violations_by_priority"] for entry in entries])
+    for of, key in (("model", "models"), ("priority", "priorities")):
+        for figure in ("attainment", "goodput_tokens_per_s"):
+            found[f"{figure}_by_{of}"] = _merged([{n: v[figure] for n, v in e[key].items()} for e in entries])
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -46,6 +47,7 @@ def prompt_share(model: SimModel, point: OperatingPoint) -> float:
     return min(max(2.0 * (1.0 - whole / half), 0.0), 1.0)
 
 
+@lru_cache(maxsize=16)
 def profiled(model: SimModel, lengths: Trace) -> PowerModel:
     """Measure one replica at fixed points under requests that never run out, of the lengths to come, and fit.
 
@@ -77,7 +79,7 @@ def _measured(model: SimModel, lengths: Trace, point: OperatingPoint) -> tuple[f
     gpus = model.parallelism.num_gpus
     alone = replace(model, fixed=point, target=Target())
     node = SimNode("profile", model.gpu, gpus, (model.name,))
-    rate = SATURATION * full_tokens_per_s(model, point)
+    rate = SATURATION * full_tokens_per_s(model, point) / float(lengths.output_tokens.mean())
     offered = requests_for(LoadSpec(ramp_s=0.0), "poisson", lengths, rate, POINT_S, _SEED)
     budget_w = gpus * find_gpu(model.gpu).max_limit_w
     setting = SimSetting(SimFleet((node,), (alone,)), budget_w, uniform.allocate, POINT_S)

@@ -1,4 +1,4 @@
-"""Pictures of a simulated scenario: power against budget, tokens/J, violations, operating points over the surface."""
+"""Pictures of a simulated scenario: power against budget, tokens/J, late requests, operating points."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from pals_ray.models.specs import Parallelism, find_gpu, find_model
 from pals_ray.plots.picture import picture, shades
 from pals_ray.plots.tables import Json
 
-_COLORS = ("grey", "brown", "olive", "pink", "orange", "blue", "cyan", "red", "purple")
+_COLORS = ("grey", "brown", "olive", "pink", "orange", "blue", "red", "purple")
 #: A colour for every policy, and for the oracle.
 COLORS = {policy: f"tab:{color}" for policy, color in zip(POLICIES, _COLORS, strict=True)} | {"oracle": "black"}
 _MOST_PANELS = 4
 
 
 def _color(policy: str) -> str:
-    return COLORS.get(policy, "tab:green")
+    return COLORS.get(policy.partition("@")[0], "tab:green")
+
+
+def _hatch(policy: str) -> str:
+    """Bars of engines that start at another batch than the scenario's are hatched."""
+    return "//" if "@" in policy else ""
 
 
 def _averaged(policies: Json) -> str:
@@ -33,9 +38,9 @@ def _averaged(policies: Json) -> str:
 
 def plot_power(cases: Sequence[Json], path: Path) -> None:
     """Node power, budget and (with a signal) target over time, a panel for each kind of budget."""
-    kinds: dict[tuple[str, float], Json] = {}
+    kinds: dict[str, Json] = {}
     for case in cases:
-        kinds.setdefault((case["budget"], case["budget_share"]), case)
+        kinds.setdefault(case["budget"], case)
     chosen = list(kinds.values())[:_MOST_PANELS]
     title = "Power against budget (modelled, first seed)"
     with picture(path, title, (11, 3.4 * len(chosen)), len(chosen)) as axes:
@@ -70,9 +75,8 @@ def plot_efficiency(summary: Json, path: Path) -> None:
         for axis, (key, label, scale, form) in zip(axes.flat, panels, strict=True):
             for suffix, boundary, alpha, shift in boundaries:
                 values = [scale * entry[key + suffix] for entry in policies.values()]
-                bars = axis.bar(
-                    places + shift, values, 0.36, color=list(map(_color, policies)), alpha=alpha, label=boundary
-                )
+                style = {"color": list(map(_color, policies)), "hatch": list(map(_hatch, policies)), "alpha": alpha}
+                bars = axis.bar(places + shift, values, 0.36, label=boundary, edgecolor="white", lw=0, **style)
                 axis.bar_label(bars, fmt=form, fontsize=7, padding=2)
             axis.set_xticks(places, list(policies), rotation=30, ha="right", fontsize=8)
             axis.set_ylabel(label)
@@ -80,23 +84,24 @@ def plot_efficiency(summary: Json, path: Path) -> None:
             axis.grid(alpha=0.25, axis="y")
 
 
-def plot_violations(summary: Json, path: Path) -> None:
-    """Violation rates by model, a group of bars for each policy, and over all models as a line across each group."""
+def plot_attainment(summary: Json, path: Path) -> None:
+    """Late requests by model, a group of bars for each policy, and over all models as a line across each group."""
     policies = summary["policies"]
-    models = list(dict.fromkeys(m for entry in policies.values() for m in entry["violations_by_model"]))
+    models = list(dict.fromkeys(m for entry in policies.values() for m in entry["attainment_by_model"]))
     places, width = np.arange(len(policies)), 0.8 / len(models)
     with picture(path, "", (11, 4.2)) as axes:
         axis = axes[0, 0]
         for at, (model, color) in enumerate(zip(models, shades(len(models)), strict=True)):
-            values = [100 * (entry["violations_by_model"].get(model) or 0.0) for entry in policies.values()]
+            known = (entry["attainment_by_model"].get(model) for entry in policies.values())
+            values = [0.0 if share is None else 100 * (1.0 - share) for share in known]
             axis.bar(places - 0.4 + (at + 0.5) * width, values, width, color=color, label=model)
         for at, entry in enumerate(policies.values()):
-            rate, label = 100 * (entry["violation_rate"] or 0.0), None if at else "all models"
+            rate, label = 100 * (entry["late_rate"] or 0.0), None if at else "all models"
             axis.plot([at - 0.42, at + 0.42], [rate, rate], color="tab:red", lw=1.5, label=label)
             axis.annotate(f"{rate:.1f} %", (at, rate), (0, 4), textcoords="offset points", ha="center", fontsize=8)
         axis.set_xticks(places, list(policies), rotation=20, ha="right", fontsize=8)
-        axis.set_title(f"Violations, {_averaged(policies)}", fontsize=11)
-        axis.set(ylabel="violations, % of intervals of 5 s", ylim=(0, None))
+        axis.set_title(f"Late requests, {_averaged(policies)}", fontsize=11)
+        axis.set(ylabel="late, % of requests", ylim=(0, None))
         axis.grid(alpha=0.25, axis="y")
         axis.legend(fontsize=7, ncols=3)
 

@@ -31,6 +31,11 @@ class Samples:
         self._interval_s = interval_s
         self._last = [(0.0, 0, 0.0)] * len(engines)
 
+    @property
+    def full(self) -> bool:
+        """Whether all are taken."""
+        return self.taken == self.series["power_w"].shape[1]
+
     def take(self, now_s: float) -> None:
         """Take the next sample of all of them."""
         k, interval_s = self.taken, self._interval_s

@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 from functools import partial
 from heapq import merge
-from itertools import chain, count, repeat
+from itertools import count, repeat
 from math import inf
 
 from pals_ray.control.agent.agent_core import BEAT_S
@@ -32,6 +32,11 @@ from pals_ray.simulation.setting import (
     SimSetting,
     SimulationError,
 )
+
+#: After the end it is looked so often whether all requests are judged, s.
+_FOLLOW_STEP_S = 10.0
+#: What comes when no request does any more: (time, model, request).
+_NONE = (inf, -1, -1)
 
 
 class Run:
@@ -64,6 +69,9 @@ class Run:
         self.managers: list[Manager] = []
         self.died_s: dict[str, float] = {}
         self._network = Network(self.events, setting.messages, random.Random(f"mail {setting.seed}"))
+        offered = (zip(log.arrival_s, repeat(model), count()) for model, log in enumerate(self.fleet.logs.values()))
+        self._arrivals = merge(*offered)
+        self._next = next(self._arrivals, _NONE)
 
     def to_the_end(self) -> None:
         """Run for the setting's duration."""
@@ -82,18 +90,37 @@ class Run:
             placed.engine.settle()
         self.budgets.pass_time(setting.duration_s)
 
+    def follow(self) -> float:
+        """Go on until every request that came before the end has its verdict; gives the time reached, s."""
+        now_s = end_s = self.setting.duration_s
+        while now_s < end_s + self.setting.follow_s and not self._all_judged(now_s):
+            now_s = min(now_s + _FOLLOW_STEP_S, end_s + self.setting.follow_s)
+            self._until(now_s)
+            for placed in self.fleet.placed:
+                placed.engine.advance(now_s)
+        return now_s
+
+    def _all_judged(self, now_s: float) -> bool:
+        for model in self.setting.fleet.models:
+            asked = self.fleet.logs[model.name].outcomes()
+            good, late = asked.verdicts(model.target.slo, now_s)
+            if not (good | late)[asked.arrival_s < self.setting.duration_s].all():
+                return False
+        return True
+
     def _until(self, end_s: float) -> None:
         """Make all calls and route all requests that are due by `end_s`, in the order of their times."""
         events, fleet = self.events, self.fleet
         routes = [fleet.routers[name].route for name in fleet.logs]
-        offered = (zip(log.arrival_s, repeat(model), count()) for model, log in enumerate(fleet.logs.values()))
-        for arrival_s, model, request in chain(merge(*offered), [(inf, -1, -1)]):
+        while True:
+            arrival_s, model, request = self._next
             until_s = min(arrival_s, end_s)
             while events.next_s <= until_s:
                 events.run_next()
             if arrival_s > end_s:
                 return
             routes[model](request, arrival_s)
+            self._next = next(self._arrivals, _NONE)
 
     # -- at the start ----------------------------------------------------------------------------------------------
 
@@ -132,6 +159,8 @@ class Run:
         self.budgets.charge(placed.spec.replica_id, placed.terms.charge_w(placed.engine.cap.ordered_w), now_s)
 
     def _sample(self, now_s: float) -> None:
+        if self.samples.full:
+            return
         self.samples.take(now_s)
         self.targets_w.append(self.source.target_w or 0.0)
         self.charges_w.append(self.budgets.charge_w)

@@ -160,6 +160,9 @@ class SimSetting:
     The budget is `budget_w`, W at node level, unless `plan` moves it: a schedule, or a signal to follow, in seconds of
     the run. `seed` decides the order of the dies, routing, when agents beat and how long messages take; the requests
     are given apart. `fail_safe_cap_w` as in the fleet file (None: the lowest cap).
+
+    After the end the run goes on for up to `follow_s`, with the requests that then come, until each one that came
+    before has its verdict; nothing but these verdicts is taken from that time.
     """
 
     fleet: SimFleet
@@ -174,6 +177,7 @@ class SimSetting:
     lease_s: float = 5.0
     fail_safe_cap_w: float | None = None
     plan: BudgetPlan | None = None
+    follow_s: float = 0.0
 
     @property
     def deployment(self) -> Deployment:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from pals_ray.control.budget.moving_budget import FollowedSignal
@@ -18,7 +20,12 @@ def simulate(setting: SimSetting, requests: Offered) -> RunResult:
     """
     run = Run(setting, requests)
     run.to_the_end()
-    return collect(run)
+    found = collect(run)
+    if setting.follow_s == 0.0:
+        return found
+    followed_s = run.follow()
+    models = {name: replace(model, requests=run.fleet.logs[name].outcomes()) for name, model in found.models.items()}
+    return replace(found, models=models, followed_s=followed_s)
 
 
 def collect(run: Run) -> RunResult:
@@ -34,6 +41,7 @@ def collect(run: Run) -> RunResult:
     charge_w = np.array(run.charges_w)
     return RunResult(
         duration_s=setting.duration_s,
+        followed_s=setting.duration_s,
         models={name: _model(run, name) for name in fleet.logs},
         replicas=tuple(_replica(run, i, placed) for i, placed in enumerate(fleet.placed)),
         time_s=time_s,

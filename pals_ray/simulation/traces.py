@@ -78,6 +78,15 @@ def ramped(trace: Trace, ramp_s: float, seed: int) -> Trace:
     return _picked(trace, kept, trace.arrival_s[kept], trace.duration_s)
 
 
+def continued(trace: Trace, more_s: float) -> Trace:
+    """The same requests, and after them, for so long, those that it begins with once more (again and again)."""
+    rounds = math.ceil(more_s / trace.duration_s)
+    again_s = (trace.arrival_s + number * trace.duration_s for number in range(rounds + 1))
+    arrival_s = np.concatenate(list(again_s))
+    kept = np.flatnonzero(arrival_s <= trace.duration_s + more_s)
+    return _picked(trace, kept % max(len(trace), 1), arrival_s[kept], trace.duration_s + more_s)
+
+
 def poisson(lengths: Trace, requests_per_s: float, duration_s: float, seed: int) -> Trace:
     """Poisson arrivals at a constant rate, with lengths drawn from those of `lengths`."""
     return _from_unit_rate(lengths, np.full(_steps(duration_s), requests_per_s), duration_s, seed)
@@ -126,13 +135,15 @@ def resampled(
     seed: int,
     peak_over_mean: float | None = None,
     prompt_share: float = 0.0,
+    own_start: bool = False,
 ) -> Trace:
     """A trace at another mean rate (and, where given, with its fullest `PEAK_S` at that multiple of the mean).
 
     Rates are of work (`Trace.work`), in mean requests: while prompts or outputs are longer fewer requests come. In
     *operational time* (the integral of the smoothed rate) work comes at one a unit, bunched as it was. Requests are
     rolled to a start drawn by the seed, repeated or cut to the work wanted, and mapped back through the wanted rate
-    over time: the trace's own, stretched to `duration_s`, with its deviations from the mean scaled for the peak.
+    over time: the trace's own, stretched to `duration_s`, with its deviations from the mean scaled for the peak. With
+    `own_start` that rate begins where the requests do; without, all seeds have it from the trace's start.
     """
     steps = max(round(duration_s / _SMOOTH_S), 1)
     edges_s = np.linspace(0.0, trace.duration_s, steps + 1)
@@ -143,6 +154,8 @@ def resampled(
     if peak_over_mean is not None:
         shape = _with_peak(shape, round(steps * PEAK_S / duration_s), peak_over_mean)
     first = int(np.random.default_rng(seed).integers(0, len(trace)))
+    if own_start:
+        shape = np.roll(shape, -int(np.searchsorted(edges_s, trace.arrival_s[first], side="right") - 1))
     once = np.cumsum(np.roll(work, -first))
     rounds, rest = divmod(requests_per_s * duration_s, float(once[-1]))
     wanted = int(rounds) * len(trace) + int(np.searchsorted(once, rest))

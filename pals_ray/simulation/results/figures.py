@@ -14,7 +14,7 @@ from scipy.stats import t as student_t
 
 from pals_ray.control.budget.moving_budget import FollowedSignal
 from pals_ray.control.budget.regulation import FloatArray, sample_means, score
-from pals_ray.control.slo import BoolArray, good_requests
+from pals_ray.control.slo import BoolArray
 from pals_ray.simulation.results.run_result import ModelResult, RunResult, quantile_s
 
 CONFIDENCE = 0.95
@@ -38,10 +38,10 @@ class Estimate:
 def figures(result: RunResult, since_s: float = 0.0, followed: FollowedSignal | None = None) -> Figures:
     """The figures of a run from `since_s` on (what came before is warming up), at node level unless the name says GPU.
 
-    Attainment is the share of good requests of those judged by the end. Latencies are over all requests (TTFT) and all
-    tokens (ITL) of all models; a request without a first token by the end counts with the time that it has waited.
-    Goodput counts the output tokens of good requests. `under_target_rate` is of the intervals in which work waited at
-    every look. Decisions and cap changes are per replica. `settle_s` and `settle_over_w` are the longest and the
+    Attainment is the share of good requests of those that came until the end, whenever they were judged. Latencies are
+    over these requests (TTFT) and all tokens (ITL) of all models; a request without a first token counts with the time
+    that it has waited. Goodput counts the output tokens of good ones. `under_target_rate` is of the intervals in which
+    work waited at every look. Decisions and cap changes are per replica. `settle_s` and `settle_over_w` are the longest and the
     highest over all budget cuts, None where a signal is `followed`: its budget falls again before a fall has settled.
     ITL percentiles, preemptions, decisions, stranded watts and what concerns the budget are of the whole run.
     """
@@ -49,7 +49,7 @@ def figures(result: RunResult, since_s: float = 0.0, followed: FollowedSignal | 
     binding = [replica.binding.mean() for replica in result.replicas if len(result.time_s)]
     minutes, length_s = result.duration_s / 60.0, result.duration_s - since_s
     models, replicas = list(result.models.values()), result.replicas
-    good = sum(good_tokens(model, result.duration_s, since_s) for model in models)
+    good = sum(good_tokens(result, model, since_s) for model in models)
     tokens = sum(_after(result, since_s, replica.tokens_per_s) for replica in replicas)
     energy_j, node_energy_j = (_after(result, since_s, watts) for watts in (result.power_w, result.node_power_w))
     cuts = result.cuts if followed is None else ()
@@ -98,38 +98,52 @@ def model_figures(result: RunResult, since_s: float = 0.0) -> dict[str, Figures]
         out[name] = {
             "priority": model.target.priority,
             "tokens_per_s": tokens / (result.duration_s - since_s),
+            "goodput_tokens_per_s": good_tokens(result, model, since_s) / (result.duration_s - since_s),
             **_service([model], result, since_s),
         }
     return out
 
 
-def attainment_by_priority(result: RunResult, since_s: float = 0.0) -> dict[int, float | None]:
-    """The attainment of each priority class, first class first."""
+def priority_figures(result: RunResult, since_s: float = 0.0) -> dict[int, Figures]:
+    """Attainment and goodput of each priority class, first class first; `since_s` as in `figures`."""
     classes: dict[int, list[ModelResult]] = {}
     for model in result.models.values():
         classes.setdefault(model.target.priority, []).append(model)
-    return {number: _attainment(classes[number], result.duration_s, since_s) for number in sorted(classes)}
+    length_s, found = result.duration_s - since_s, {}
+    for number in sorted(classes):
+        good, late = _verdicts(classes[number], result, since_s)
+        tokens = sum(good_tokens(result, model, since_s) for model in classes[number])
+        found[number] = {"attainment": share_of(good, late), "goodput_tokens_per_s": tokens / length_s}
+    return found
 
 
-def judged(model: ModelResult, now_s: float, since_s: float = 0.0) -> tuple[BoolArray, BoolArray]:
-    """(n,) each: which of the model's requests that came since `since_s` are good, and which are late."""
-    asked = model.requests
-    good, late = good_requests(
-        asked.arrival_s, asked.first_token_s, asked.finish_s, asked.output_tokens, model.target.slo, now_s
-    )
-    came = asked.arrival_s >= since_s
+def judged(result: RunResult, model: ModelResult, since_s: float = 0.0) -> tuple[BoolArray, BoolArray]:
+    """(n,) each: which of a model's requests that came since `since_s` and until the end are good, and which late."""
+    good, late = model.requests.verdicts(model.target.slo, result.followed_s)
+    came = _came(result, model, since_s)
     return good & came, late & came
 
 
-def good_tokens(model: ModelResult, now_s: float, since_s: float = 0.0) -> int:
-    """Output tokens of the good requests that came since `since_s`."""
-    return int(model.requests.output_tokens[judged(model, now_s, since_s)[0]].sum())
+def good_tokens(result: RunResult, model: ModelResult, since_s: float = 0.0) -> int:
+    """Output tokens of the good requests that came since `since_s` and until the end."""
+    return int(model.requests.output_tokens[judged(result, model, since_s)[0]].sum())
 
 
-def _attainment(models: Sequence[ModelResult], now_s: float, since_s: float) -> float | None:
-    pairs = [judged(model, now_s, since_s) for model in models]
-    good, late = (sum(int(side.sum()) for side in sides) for sides in zip(*pairs, strict=True))
+def share_of(good: int, late: int) -> float | None:
+    """The attainment of so many requests; None where there are none."""
     return good / (good + late) if good + late else None
+
+
+def _verdicts(models: Sequence[ModelResult], result: RunResult, since_s: float) -> tuple[int, int]:
+    """How many of their requests are good, and late."""
+    pairs = [judged(result, model, since_s) for model in models]
+    good, late = (sum(int(side.sum()) for side in sides) for sides in zip(*pairs, strict=True))
+    return good, late
+
+
+def _came(result: RunResult, model: ModelResult, since_s: float) -> BoolArray:
+    arrival_s = model.requests.arrival_s
+    return np.asarray((arrival_s >= since_s) & (arrival_s < result.duration_s))
 
 
 def gain(value: float, reference: float) -> float:
@@ -170,11 +184,14 @@ def _columns(values: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def _service(models: Sequence[ModelResult], result: RunResult, since_s: float) -> Figures:
     """Attainment and latencies of these models together."""
-    ttft_s = np.concatenate([_ttft_s(model, result.duration_s, since_s) for model in models])
+    ttft_s = np.concatenate([_ttft_s(result, model, since_s) for model in models])
     itl_counts = np.sum([model.itl_counts for model in models], axis=0)
-    attainment = _attainment(models, result.duration_s, since_s)
+    good, late = _verdicts(models, result, since_s)
+    attainment = share_of(good, late)
     intervals, under = sum(m.slo.intervals for m in models), sum(m.slo.under_target for m in models)
     return {
+        "good_requests": good,
+        "late_requests": late,
         "attainment": attainment,
         "late_rate": None if attainment is None else 1.0 - attainment,
         "under_target_rate": under / intervals if intervals else None,
@@ -185,10 +202,10 @@ def _service(models: Sequence[ModelResult], result: RunResult, since_s: float) -
     }
 
 
-def _ttft_s(model: ModelResult, end_s: float, since_s: float) -> FloatArray:
+def _ttft_s(result: RunResult, model: ModelResult, since_s: float) -> FloatArray:
     asked = model.requests
-    ttft_s = np.where(np.isfinite(asked.first_token_s), asked.ttft_s, end_s - asked.arrival_s)
-    return np.asarray(ttft_s[asked.arrival_s >= since_s])
+    ttft_s = np.where(np.isfinite(asked.first_token_s), asked.ttft_s, result.followed_s - asked.arrival_s)
+    return np.asarray(ttft_s[_came(result, model, since_s)])
 
 
 def _after(result: RunResult, since_s: float, rate: NDArray[np.floating[Any]]) -> float:

@@ -1,4 +1,4 @@
-"""The result of a run: every request, every replica over time, energy, SLOs, and how the budget was kept."""
+"""The result of a run: every request, every replica over time, energy, verdicts, and how the budget was kept."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pals_ray.control.slo import SloState
-from pals_ray.types import Target
+from pals_ray.control.slo import BoolArray, SloState, good_requests
+from pals_ray.types import Slo, Target
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -32,7 +32,7 @@ def quantile_s(counts: IntArray, q: float) -> float | None:
 class RequestOutcomes:
     """What became of a model's requests, (n,) each, in the order offered. nan where it has not happened by the end.
 
-    `tokens` are output tokens by the end of the run, `replica` the index in `RunResult.replicas` (-1: never routed).
+    `tokens` are output tokens so far, `replica` the index in `RunResult.replicas` (-1: never routed).
     """
 
     arrival_s: FloatArray
@@ -47,6 +47,10 @@ class RequestOutcomes:
     def ttft_s(self) -> FloatArray:
         """(n,) time to first token, s."""
         return self.first_token_s - self.arrival_s
+
+    def verdicts(self, slo: Slo, now_s: float) -> tuple[BoolArray, BoolArray]:
+        """(n,) each: which are good by now, and which are late."""
+        return good_requests(self.arrival_s, self.first_token_s, self.finish_s, self.output_tokens, slo, now_s)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -109,10 +113,11 @@ class RunResult:
     includes the reserve, `charge_w` what the limits in force occupy. `over_budget_s` and `over_budget_max_w` are of
     drawn node watts in bins of `METER_S`; `charge_over_s` is how long the charge was over the budget, which cuts
     alone may cause. `stranded_w` is the mean charge that nobody drew. `target_w` is what a followed signal asked for
-    (None without one).
+    (None without one). Requests were followed up to `followed_s`, everything else up to `duration_s`.
     """
 
     duration_s: float
+    followed_s: float
     models: Mapping[str, ModelResult]
     replicas: tuple[ReplicaResult, ...]
     time_s: FloatArray
