@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
 
-.PHONY: help lines serve install test test-unit test-ray test-engine test-e2e test-hosts lint fuzz bench bench-models clean
+.PHONY: help lines serve install test test-unit test-ray test-engine test-e2e test-hosts lint fuzz bench bench-full bench-models clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z].*:.*## / {printf "make %-34s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,9 +46,12 @@ fuzz: $(VENV)/.dev  ## look for new counterexamples for FUZZ_S seconds
 	$(PYTEST) --numprocesses 2 --hypothesis-profile=search tests/unit
 	PALS_FUZZ_S=$(FUZZ_S) $(PYTEST) tests/unit/control/test_ledger_machine.py -k fuzz -s
 
-# Every scenario under every policy, into docs/evaluation.md. Begun again, it goes on where it was (build/bench).
-bench: $(VENV)/.dev  ## every scenario under every policy, into docs/evaluation.md
-	OMP_NUM_THREADS=1 $(BIN)/pals bench evaluation
+# Every scenario under every policy. Begun again, they go on where they were (build/bench, build/bench-full).
+bench: $(VENV)/.dev  ## every scenario under every policy, one seed, into build/bench/evaluation.md
+	OMP_NUM_THREADS=1 $(BIN)/pals bench evaluation --seeds 1 --out build/bench --docs build/bench
+
+bench-full: $(VENV)/.dev  ## the same with all seeds, into docs/evaluation.md
+	OMP_NUM_THREADS=1 $(BIN)/pals bench evaluation --out build/bench-full
 
 # Every accuracy figure of the models, on other people's measurements: into docs/models.md.
 bench-models: $(VENV)/.dev  ## every accuracy figure of the models, into docs/models.md

@@ -26,11 +26,12 @@ def _evaluation(
     ),
     docs: Annotated[Path, typer.Option(help="Folder of the docs to update.")] = Path("docs"),
     scenario: Annotated[list[str] | None, typer.Option(help="Only this one, by name or path (repeatable).")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; default: each scenario's.")] = None,
     jobs: Jobs = None,
     sample_trace: SampleTrace = False,
 ) -> None:
     """Run every scenario and write docs/evaluation.md; begun again, it goes on where it was."""
-    page = evaluation.run(scenario or evaluation.SCENARIOS, out, docs, jobs, sample_trace)
+    page = evaluation.run(scenario or evaluation.SCENARIOS, out, docs, jobs, sample_trace, seeds)
     typer.echo(f"written: {page}; pages with every case: {out}/*/report.html")
 
 

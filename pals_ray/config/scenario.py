@@ -31,6 +31,7 @@ POLICIES = {
 STATIC_BATCH = 64
 
 Demand = Literal["own", "together"]
+Tokens = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
@@ -63,10 +64,24 @@ class ModelSpecEntry(TargetedModel):
     max_batch: int = Field(256, ge=1, le=4096)
 
 
+class LengthSpec(StrictModel):
+    """Prompts and outputs of every length from the first to the second number, tokens, alike often."""
+
+    prompt_tokens: tuple[Tokens, Tokens]
+    output_tokens: tuple[Tokens, Tokens]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> LengthSpec:
+        if any(first > last for first, last in (self.prompt_tokens, self.output_tokens)):
+            raise ValueError("lengths go from the shortest to the longest")
+        return self
+
+
 class FleetSpec(StrictModel):
-    """Nodes and the models on them."""
+    """Nodes and the models on them. With `lengths` requests are as long as these say, not as the trace has them."""
 
     name: str
+    lengths: LengthSpec | None = None
     nodes: Annotated[tuple[NodeSpec, ...], Field(min_length=1)]
     models: Annotated[tuple[ModelSpecEntry, ...], Field(min_length=1)]
     domains: tuple[DomainConfig, ...] = ()
@@ -117,7 +132,9 @@ class LoadSpec(StrictModel):
 
     `of` is that reference: `static` (highest cap) or `budget` (every GPU at its even part of the budget), at a batch
     limit of 64 either way. `peak_over_mean` scales the swings of a trace's arrivals so that its fullest 5 min have that
-    many times the mean (None: unscaled). `demands` adds a case each: with its `own` each model has the trace from
+    many times the mean (None: unscaled). With `targets` models have no SLOs but tokens/s targets, a case for each share
+    of what `static` serves flat out; that is then what `shares` are of, or with `closed` as many requests are always
+    there as are served. `demands` adds a case each: with its `own` each model has the trace from
     another start, `together` all have their peaks at the same time (at the first budget only). At the start requests
     rise to the full load over `ramp_s`.
     """
@@ -125,8 +142,16 @@ class LoadSpec(StrictModel):
     shares: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.9, 0.7, 0.5)
     of: Literal["static", "budget"] = "static"
     peak_over_mean: Annotated[float, Field(ge=1, le=10)] | None = None
+    targets: tuple[Share, ...] = ()
+    closed: bool = False
     demands: Annotated[tuple[Demand, ...], Field(min_length=1)] = ("own",)
     ramp_s: float = Field(60.0, ge=0, le=3600)
+
+    @model_validator(mode="after")
+    def _closed_for_targets(self) -> LoadSpec:
+        if self.closed and not self.targets:
+            raise ValueError("a closed loop serves what it can: it needs load.targets")
+        return self
 
 
 class EventSpec(StrictModel):
@@ -226,7 +251,8 @@ class Scenario(StrictModel):
 
     `least_requests` are judged in each case, of all its seeds together: for that a run is longer than `duration_s`
     where it has to be. A gain counts at an attainment of `least_attainment` over all seeds, or `static`'s own where
-    that is less. On the `tuning_seeds` capacities and the oracle's points are found, apart from the reported ones.
+    that is less. On the `tuning_seeds` capacities and the oracle's points, caps in steps of `oracle_step_w`, are
+    found, apart from the reported ones.
     """
 
     name: str
@@ -241,6 +267,7 @@ class Scenario(StrictModel):
     failures: tuple[FailureSpec, ...] = ()
     policies: Annotated[tuple[str, ...], Field(min_length=1)]
     oracle: bool = False
+    oracle_step_w: int = Field(5, ge=1)
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (1,)
     tuning_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (101,)
     least_requests: int = Field(0, ge=0)

@@ -18,6 +18,7 @@ from typing import Any
 from pals_ray.evaluation.cases import Case
 from pals_ray.evaluation.results import run_case
 from pals_ray.evaluation.runs import CaseRuns
+from pals_ray.evaluation.target_runs import TargetRuns
 from pals_ray.plots.tables import Json
 from pals_ray.simulation.traces import Trace
 from pals_ray.whole_file import write_whole
@@ -26,6 +27,8 @@ from pals_ray.whole_file import write_whole
 _ORACLE_RUNS = 30
 #: The sources that decide a result: a change in any of them makes every kept result stale.
 _SOURCES = ("pals_ray/simulation", "pals_ray/control", "pals_ray/models", "pals_ray/evaluation", "policies")
+#: Those that only show results decide none.
+_SHOWN_BY = ("evaluation_page.py", "html_page.py", "policy_tables.py")
 _POLL_S = 0.2
 
 
@@ -81,7 +84,7 @@ def _code() -> str:
     found = hashlib.sha256()
     for folder in _SOURCES:
         for file in sorted((root / folder).rglob("*")):
-            if file.is_file() and file.parent.name != "__pycache__":
+            if file.is_file() and file.parent.name != "__pycache__" and file.name not in _SHOWN_BY:
                 found.update(file.read_bytes())
     return found.hexdigest()
 
@@ -150,5 +153,6 @@ def _begin(queue: SimpleQueue[str]) -> None:
 
 
 def _work(job: Job) -> Json:
-    runs = CaseRuns(job.case, _interned(job.lengths), job.folder, job.seeds, lambda: _queue.put(job.name))
+    kind = CaseRuns if job.case.target is None else TargetRuns
+    runs = kind(job.case, _interned(job.lengths), job.folder, job.seeds, lambda: _queue.put(job.name))
     return run_case(runs, job.policies, job.seeds)

@@ -39,8 +39,8 @@ def alone(fleet: SimFleet, name: str) -> SimFleet:
 
 @lru_cache(maxsize=64)
 def capacity_per_s(fleet: SimFleet, point: OperatingPoint, lengths: Trace, seeds: tuple[int, ...]) -> float | None:
-    """The highest requests/s, in steps of 1 %, at which a fleet's one model attains its SLO over these seeds with all of
-    its replicas at a point; None where even a twentieth of what they serve is too much."""
+    """The highest requests/s, in steps of 1 %, at which a fleet's one model attains its SLO over these seeds with its
+    replicas at a point; None where even a twentieth of what they serve is too much."""
     model = replace(fleet.models[0], fixed=point, max_batch=point.batch_limit)
     own = replace(fleet, models=(model,))
     replicas = sum(len(node.replicas) for node in own.nodes)

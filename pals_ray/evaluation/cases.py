@@ -8,8 +8,10 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from pals_ray.config.budget_files import load_signal
-from pals_ray.config.scenario import Demand, FailureSpec, FleetSpec, LoadSpec, Scenario
+from pals_ray.config.scenario import Demand, FailureSpec, FleetSpec, LengthSpec, LoadSpec, Scenario
 from pals_ray.config.trace_files import load_trace
 from pals_ray.control.budget.moving_budget import BudgetPlan, FollowedSignal
 from pals_ray.control.budget.regulation import synthetic_signal
@@ -38,13 +40,19 @@ from pals_ray.simulation.traces import (
     ramped,
     resampled,
 )
+from pals_ray.types import Slo
 
 #: Time in which engines fill and controllers find their first points; not counted, s.
 WARM_UP_S = 120.0
 #: For so long requests are followed after the end, while the load goes on, until each has its verdict, s.
 FOLLOW_S = 600.0
+#: The set of limits of models without SLOs.
+NO_LIMITS = "none"
 #: Load at which requests never run out, as a multiple of what is expected to be served.
 SATURATION = 1.5
+
+#: Lengths without a trace are so many.
+_DRAWN = 4096
 
 BudgetKind = Literal["constant", "event", "regulation"]
 
@@ -53,7 +61,8 @@ BudgetKind = Literal["constant", "event", "regulation"]
 class Case:
     """One fleet with one set of limits under one load and one budget.
 
-    `load` is a share of capacity, `demand` says whether all models have their peaks together. The budget is `budget_w`
+    `load` is a share of capacity (None: a closed loop), `target` the share of it that models are to serve (None: they
+    have SLOs), `demand` says whether all models have their peaks together. The budget is `budget_w`
     (None: what the fleet is charged at its highest caps) times `budget_share`. `duration_s`, at least so long, is
     without the warm-up.
     """
@@ -61,7 +70,8 @@ class Case:
     scenario: Scenario
     fleet: FleetSpec
     limits: str
-    load: float
+    load: float | None
+    target: float | None
     demand: Demand
     kind: BudgetKind
     budget_w: float | None
@@ -79,7 +89,9 @@ class Case:
     def name(self) -> str:
         """Unique within the scenario."""
         demand = " together" if self.demand == "together" else ""
-        return f"{self.fleet.name}, {self.limits}, load {self.load:g}{demand}, {self.budget}"
+        load = "closed loop" if self.load is None else f"load {self.load:g}{demand}"
+        aim = self.limits if self.target is None else f"target {self.target:g}"
+        return f"{self.fleet.name}, {aim}, {load}, {self.budget}"
 
     @property
     def kinds_of_models(self) -> str:
@@ -100,10 +112,13 @@ def cases_of(scenario: Scenario) -> list[Case]:
     budgets += [("constant", first_w, share, spec.sweep_s or duration_s) for share in spec.shares]
     if not budgets:
         budgets += [("constant", watts, 1.0, duration_s) for watts in spec.watts or (None,)]
+    aims: list[tuple[str, float | None]] = [(NO_LIMITS, share) for share in load.targets]
+    aims = aims or [(name, None) for name in scenario.limits]
+    loads = (None,) if load.closed else load.shares
     return [
-        Case(scenario, fleet, limits, share, demand, kind, watts, budget_share, length_s)
-        for fleet, limits, demand in product(scenario.fleets, scenario.limits, load.demands)
-        for share, (kind, watts, budget_share, length_s) in product(load.shares, budgets)
+        Case(scenario, fleet, limits, share, target, demand, kind, watts, budget_share, length_s)
+        for fleet, (limits, target), demand in product(scenario.fleets, aims, load.demands)
+        for share, (kind, watts, budget_share, length_s) in product(loads, budgets)
         if demand == "own" or watts == first_w
     ]
 
@@ -118,8 +133,18 @@ def read_lengths(scenario: Scenario, folder: Path, sample: bool) -> Trace:
     return clipped(lengthened(trace, spec.length_factor), spec.max_model_len)
 
 
+def drawn_lengths(spec: LengthSpec) -> Trace:
+    """Requests of these lengths, without arrivals of their own."""
+    generator = np.random.default_rng(0)
+    prompts, outputs = (
+        generator.integers(*ends, _DRAWN, endpoint=True) for ends in (spec.prompt_tokens, spec.output_tokens)
+    )
+    return Trace(np.zeros(_DRAWN), prompts, outputs, 1.0)
+
+
 def fleet_of(scenario: Scenario, spec: FleetSpec, limits: str, lengths: Trace) -> SimFleet:
     """The simulator's fleet, with one of the scenario's sets of limits."""
+    slo_of = scenario.limits[limits].slo_of if limits != NO_LIMITS else lambda _: Slo()
     workload = Workload(float(lengths.prompt_tokens.mean()), float(lengths.output_tokens.mean()))
     gpu_of = {name: node.gpu for node in spec.nodes for name in node.models}
     models = tuple(
@@ -131,7 +156,7 @@ def fleet_of(scenario: Scenario, spec: FleetSpec, limits: str, lengths: Trace) -
             max_batch=model.max_batch,
             step_tokens=step_tokens(gpu_of[model.name]),
             workload=workload,
-            target=replace(model.target.target(), slo=scenario.limits[limits].slo_of(model)),
+            target=replace(model.target.target(), slo=slo_of(model)),
         )
         for model in spec.models
     )

@@ -10,6 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from pals_ray.plots.tables import Json, percent, table
+from pals_ray.simulation.results.figures import PALS_UNDER_TARGET
 
 
 def gain(value: float | None) -> str:
@@ -43,7 +44,8 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("share_of_oracle_gain", "counted gain / oracle's", percent),
     ("attainment", "attainment", precise),
     ("late_rate", "late requests", precise),
-    ("under_target_rate", "time under target", percent),
+    ("under_target_rate", "intervals under target", percent),
+    *((key, f"time under target, {seconds:g} s", percent) for key, seconds in PALS_UNDER_TARGET.items()),
     ("tokens_per_s", "tokens/s", "{:.0f}".format),
     ("goodput_tokens_per_s", "goodput, tokens/s", "{:.0f}".format),
     ("goodput_tokens_per_joule", "goodput, tokens/J, node", "{:.3f}".format),
@@ -97,7 +99,7 @@ def terminal_table(summary: Json, title: str) -> Table:
     return table(["", *policies], rows, left=("",), box=SIMPLE, title=title, title_justify="left", pad_edge=False)
 
 
-CASE_COLUMNS = ("case", "fleet", "gpu", "kind", "limit_set", "load", "demand", "budget", "budget_share")
+CASE_COLUMNS = ("case", "fleet", "gpu", "kind", "limit_set", "load", "target", "demand", "budget", "budget_share")
 
 
 def cases_csv(cases: Sequence[Json]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,7 @@ from pals_ray.evaluation.cases import WARM_UP_S
 from pals_ray.evaluation.runs import CaseRuns, Run, pooled_attainment
 from pals_ray.plots.tables import Json
 from pals_ray.simulation.results.figures import (
+    PALS_UNDER_TARGET,
     REGULATION_FIGURES,
     counts_as_gain,
     estimate,
@@ -30,6 +31,8 @@ SERIES_POINTS = 600
 #: Operating points are counted in cells of so many W and so many sequences.
 _CAP_CELL_W, _BATCH_CELL = 5.0, 4
 
+#: With a tokens/s target a gain counts if the target is missed in at most this share of intervals.
+MOST_UNDER_TARGET = 0.01
 #: A smaller gain of the oracle counts as none: a share of it would only be rounding.
 LEAST_GAIN = 1e-3
 
@@ -49,6 +52,7 @@ def run_case(runs: CaseRuns, policies: Sequence[str], seeds: Sequence[int]) -> J
         "kind": case.kinds_of_models,
         "limit_set": case.limits,
         "load": case.load,
+        "target": case.target,
         "demand": case.demand,
         "budget": case.budget,
         "budget_kind": case.kind,
@@ -61,16 +65,21 @@ def run_case(runs: CaseRuns, policies: Sequence[str], seeds: Sequence[int]) -> J
     if not runs.rates_per_s:
         return {**head, "policies": {}, "series": {}}
     static = [runs.run("static", seed) for seed in seeds]
-    oracle = runs.oracle() if case.scenario.oracle else None
-    oracle_gain = None if oracle is None else _gain(oracle[1], static)["mean"]
+    oracles = runs.oracles() if case.scenario.oracle else {}
+    best = {name: _gain(of, static)["mean"] for name, (_, of) in oracles.items()}
     made = {policy: [runs.run(policy, seed) for seed in seeds] for policy in dict.fromkeys(["static", *policies])}
     series = {policy: _series(of[0].result) for policy, of in made.items()}
-    if oracle is not None:
-        made["oracle"] = oracle[1]
-    found = {policy: _policy(runs, of, static, oracle_gain) for policy, of in made.items()}
-    if oracle is not None:
-        found["oracle"]["point"] = asdict(oracle[0])
+    made |= {name: of for name, (_, of) in oracles.items()}
+    found = {policy: _policy(runs, of, static, best.get(oracle_of(policy, best))) for policy, of in made.items()}
+    for name, (point, _) in oracles.items():
+        found[name]["point"] = asdict(point)
     return {**head, "duration_s": runs.duration_s, "policies": found, "series": series}
+
+
+def oracle_of(policy: str, oracles: Collection[str]) -> str:
+    """The oracle that a policy is compared with: that of its own start batch where there is one."""
+    own = f"oracle@{policy.partition('@')[2]}"
+    return own if own in oracles else "oracle"
 
 
 def _limits(slo: Slo) -> Json:
@@ -83,6 +92,10 @@ def _policy(runs: CaseRuns, made: Sequence[Run], static: Sequence[Run], oracle_g
     by_model = [model_figures(run.result, WARM_UP_S) for run in made]
     by_priority = [priority_figures(run.result, WARM_UP_S) for run in made]
     attainment, own = (pooled_attainment([run.figures for run in of]) for of in (made, static))
+    counts = counts_as_gain(attainment, own, runs.case.scenario.least_attainment)
+    if runs.case.target is not None:
+        under = spread["under_target_rate"]
+        counts = under is None or under.mean <= MOST_UNDER_TARGET
     return {
         "figures": {name: None if e is None else e.mean for name, e in spread.items()},
         "half_width": {name: None if e is None else e.half_width for name, e in spread.items()},
@@ -90,7 +103,7 @@ def _policy(runs: CaseRuns, made: Sequence[Run], static: Sequence[Run], oracle_g
         "gain_over_static_gpu": _gain(made, static, "tokens_per_joule_gpu"),
         "share_of_oracle_gain": node["mean"] / oracle_gain if oracle_gain and oracle_gain >= LEAST_GAIN else None,
         "pooled_attainment": attainment,
-        "counts": counts_as_gain(attainment, own, runs.case.scenario.least_attainment),
+        "counts": counts,
         "models": {name: means([found[name] for found in by_model]) for name in by_model[0]},
         "priorities": {str(name): means([found[name] for found in by_priority]) for name in by_priority[0]},
         "points": _points(made[0].result),
@@ -145,6 +158,7 @@ SUMMARY_FIGURES = (
     "attainment",
     "late_rate",
     "under_target_rate",
+    *PALS_UNDER_TARGET,
     "ttft_p50_s",
     "ttft_p99_s",
     "itl_p50_s",
@@ -212,7 +226,7 @@ def _summed(cases: Sequence[Json], name: str) -> Json:
 
 def _oracle_share(cases: Sequence[Json], name: str) -> float | None:
     known = [case["policies"] for case in cases if "oracle" in case["policies"]]
-    best = math.fsum(found["oracle"]["gain_over_static"]["mean"] for found in known)
+    best = math.fsum(found[oracle_of(name, found)]["gain_over_static"]["mean"] for found in known)
     own = math.fsum(found[name]["gain_over_static"]["mean"] for found in known if found[name]["counts"])
     return own / best if best > 0 else None
 

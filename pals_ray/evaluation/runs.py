@@ -37,8 +37,6 @@ from pals_ray.simulation.traces import Trace
 from pals_ray.types import OperatingPoint, Target
 from policies import uniform
 
-#: The oracle's caps lie so far apart, W.
-ORACLE_STEP_W = 5
 #: The seeds of a run's models begin at its seed times this.
 _SEED_STRIDE = 1000
 
@@ -60,6 +58,9 @@ class CaseRuns:
 
     A model that the reference cannot serve within its limits gets no requests: it is `left_out`.
     """
+
+    #: For so long at most requests are followed after the end, s.
+    follow_s = FOLLOW_S
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class CaseRuns:
         return {n: replace(p, cap_w=even_cap_w(self.fleet, watts, gpus[n])) for n, p in points.items()}
 
     @cached_property
-    def capacity_per_s(self) -> dict[str, float | None]:
+    def capacity_per_s(self) -> Mapping[str, float | None]:
         """Requests/s up to which each model attains its SLO at the reference; None: it cannot be served within it."""
         seeds = self.case.scenario.tuning_seeds
         self._tick()
@@ -108,7 +109,7 @@ class CaseRuns:
     def rates_per_s(self) -> dict[str, float]:
         """The mean requests/s that are offered to each model."""
         known = self.capacity_per_s.items()
-        return {name: self.case.load * capacity for name, capacity in known if capacity is not None}
+        return {name: (self.case.load or 1.0) * capacity for name, capacity in known if capacity is not None}
 
     @cached_property
     def duration_s(self) -> float:
@@ -153,11 +154,11 @@ class CaseRuns:
         fleet = fixed_at(replace(self.fleet, domains=()), points)
         return _judged(seed, self._simulated(self._setting(fleet, seed, judged_s)))
 
-    def oracle(self) -> tuple[OperatingPoint, list[Run]]:
-        """The fixed point of the fleet's one model with the most tokens/J of those that attain its SLO on the tuning
-        seeds, and its runs on the others; `static`'s where these are no better."""
-        (model,), gpu = self.fleet.models, find_gpu(self.fleet.models[0].gpu)
-        seeds, static = self.case.scenario.tuning_seeds, self._top("static")[model.name]
+    def oracles(self) -> dict[str, tuple[OperatingPoint, list[Run]]]:
+        """By name, the best fixed point of the fleet's one model, and its runs: the one with the most tokens/J of those
+        that attain its SLO on the tuning seeds."""
+        (model,) = self.fleet.models
+        seeds = self.case.scenario.tuning_seeds
         judged_s = tuned_s(self.rates_per_s[model.name], len(seeds))
 
         def try_at(point: OperatingPoint) -> Tried:
@@ -167,13 +168,21 @@ class CaseRuns:
             most = max(float(replica.running.max()) for run in runs for replica in run.result.replicas)
             return Tried(point, attains, _efficiency(runs), most)
 
-        caps_w = [float(w) for w in range(round(gpu.min_limit_w), round(gpu.max_limit_w) + 1, ORACLE_STEP_W)]
-        found = best_fixed(try_at, caps_w, graph_sizes(model.max_batch))
-        static_runs = [self.run("static", seed) for seed in self._seeds]
-        if found is None:
-            return static, static_runs
-        runs = [self.fixed({model.name: found.point}, seed) for seed in self._seeds]
-        return (found.point, runs) if _efficiency(runs) > _efficiency(static_runs) else (static, static_runs)
+        return {"oracle": self._or_static(best_fixed(try_at, self._oracle_caps_w(), graph_sizes(model.max_batch)))}
+
+    def _or_static(self, found: Tried | None) -> tuple[OperatingPoint, list[Run]]:
+        """A point that was found and its runs; `static`'s where these are no better."""
+        (model,) = self.fleet.models
+        static = [self.run("static", seed) for seed in self._seeds]
+        if found is not None:
+            runs = [self.fixed({model.name: found.point}, seed) for seed in self._seeds]
+            if _efficiency(runs) > _efficiency(static):
+                return found.point, runs
+        return self._top("static")[model.name], static
+
+    def _oracle_caps_w(self) -> list[float]:
+        gpu, step_w = find_gpu(self.fleet.models[0].gpu), self.case.scenario.oracle_step_w
+        return [float(w) for w in range(round(gpu.min_limit_w), round(gpu.max_limit_w) + 1, step_w)]
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -204,7 +213,7 @@ class CaseRuns:
     def _setting(self, fleet: SimFleet, seed: int, judged_s: float | None = None) -> SimSetting:
         """A run under a budget that never binds."""
         duration_s = WARM_UP_S + (judged_s or self.duration_s)
-        return SimSetting(fleet, full_charge_w(fleet), uniform.allocate, duration_s, seed=seed, follow_s=FOLLOW_S)
+        return SimSetting(fleet, full_charge_w(fleet), uniform.allocate, duration_s, seed=seed, follow_s=self.follow_s)
 
 
 def _judged(seed: int, result: RunResult, plan: BudgetPlan | None = None) -> Run:

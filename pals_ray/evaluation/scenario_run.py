@@ -18,7 +18,7 @@ from pals_ray.config.reader import ConfigError, explain
 from pals_ray.config.scenario import Scenario, find_scenario, load_scenario
 from pals_ray.errors import PalsError
 from pals_ray.evaluation.cache import Job, run_jobs
-from pals_ray.evaluation.cases import cases_of, read_lengths
+from pals_ray.evaluation.cases import cases_of, drawn_lengths, read_lengths
 from pals_ray.evaluation.html_page import html_report
 from pals_ray.evaluation.policy_tables import cases_csv
 from pals_ray.evaluation.results import shown, summary
@@ -56,7 +56,11 @@ def plan_scenario(
     cases = [case for case in every if only is None or only in case.name]
     if not cases:
         raise ConfigError(f"no case of {spec.name} contains {only!r}: {'; '.join(case.name for case in every)}")
-    jobs = tuple(Job(case, lengths, path.parent, spec.policies, seeds_of(spec, seeds)) for case in cases)
+    drawn = {fleet.name: drawn_lengths(fleet.lengths) for fleet in spec.fleets if fleet.lengths is not None}
+    jobs = tuple(
+        Job(case, drawn.get(case.fleet.name, lengths), path.parent, spec.policies, seeds_of(spec, seeds))
+        for case in cases
+    )
     return ScenarioPlan(spec, spec.trace.sample if sample_trace else Path(spec.trace.path).name, jobs)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 
 from pals_ray.types import OperatingPoint
@@ -61,6 +62,44 @@ def best_fixed(
         if best is None or found.tokens_per_joule > best.tokens_per_joule:
             best, high = found, at
     return best
+
+
+def best_flat_out(
+    try_at: Callable[[OperatingPoint], Tried], caps_w: Sequence[float], batches: Sequence[int]
+) -> Tried | None:
+    """The same where as much is served as a point can: then a higher cap may give more tokens per joule too.
+
+    For each batch the least cap that attains is found by bisection, and above it the peak of tokens per joule, which
+    first rise with the cap and then fall. They rise with the batch: after `_MOST_MISSES` batches, the largest first,
+    that are no better no smaller one is tried.
+    """
+    best: Tried | None = None
+    misses, last = 0, len(caps_w) - 1
+    for batch in sorted(batches, reverse=True):
+        at = partial(_at, try_at, caps_w, batch)
+        down = highest(partial(_attains_below, at, last), 0, last)
+        if down is not None:
+            low, high = last - down, last
+            while high - low > 2:
+                third = (high - low) // 3
+                rises = at(high - third).tokens_per_joule > at(low + third).tokens_per_joule
+                low, high = (low + third, high) if rises else (low, high - third)
+            found = max((at(index) for index in range(low, high + 1)), key=lambda tried: tried.tokens_per_joule)
+            if best is None or found.tokens_per_joule > best.tokens_per_joule:
+                best, misses = found, 0
+                continue
+        misses += 1
+        if best is not None and misses == _MOST_MISSES:
+            break
+    return best
+
+
+def _at(try_at: Callable[[OperatingPoint], Tried], caps_w: Sequence[float], batch: int, index: int) -> Tried:
+    return try_at(OperatingPoint(caps_w[index], batch))
+
+
+def _attains_below(at: Callable[[int], Tried], last: int, down: int) -> bool:
+    return at(last - down).attains
 
 
 def highest(attains: Callable[[int], bool], low: int, high: int) -> int | None:

@@ -1,22 +1,16 @@
-"""What is recorded during a run: samples of every replica, SLOs, and how the budget is kept."""
+"""What is recorded during a run: samples of every replica, and how the budget is kept."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pals_ray.control.charge import EPS_W
-from pals_ray.control.slo import SloState, observe, tally_of
 from pals_ray.simulation.engine.scheduler import Engine
 from pals_ray.simulation.results.run_result import Cut
-from pals_ray.types import Target
-
-#: How often the requests judged are counted, s.
-SLO_LOOK_S = 1.0
 
 
 class Samples:
@@ -58,23 +52,6 @@ class Samples:
             self._last[i] = (engine.energy_j, engine.generated, engine.binding_s)
         for name, column in zip(self.NAMES, zip(*rows, strict=True), strict=True):
             self.series[name][:, k] = column
-
-
-@dataclass(slots=True)
-class ModelAccount:
-    """How one model keeps its SLO and its tokens/s target, as its manager would see it."""
-
-    target: Target
-    engines: Mapping[str, Engine]
-    state: SloState = field(default_factory=SloState)
-
-    def look(self, now_s: float) -> None:
-        """Take in what the engines have judged."""
-        tallies = {}
-        for name, engine in self.engines.items():
-            engine.advance(now_s)
-            tallies[name] = tally_of(engine.telemetry(now_s), self.target.slo)
-        self.state = observe(self.state, now_s, tallies, self.target)
 
 
 class BudgetRecord:

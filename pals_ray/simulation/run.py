@@ -22,7 +22,7 @@ from pals_ray.simulation.budget import BudgetSource, budget_at_start_w
 from pals_ray.simulation.clock import Events, Network
 from pals_ray.simulation.fleet import Fleet, Placed, build, node_info
 from pals_ray.simulation.manager import Manager
-from pals_ray.simulation.recorder import SLO_LOOK_S, BudgetRecord, ModelAccount, Samples
+from pals_ray.simulation.recorder import BudgetRecord, Samples
 from pals_ray.simulation.setting import (
     AgentSilent,
     Failure,
@@ -56,12 +56,6 @@ class Run:
         )
         self.targets_w: list[float] = []
         self.charges_w: list[float] = []
-        self.accounts = {
-            model.name: ModelAccount(
-                model.target, {p.spec.replica_id: p.engine for p in self.fleet.placed if p.model.name == model.name}
-            )
-            for model in setting.fleet.models
-        }
         parked_w = sum(map(self.fleet.parked_charge_w, setting.fleet.nodes))
         self.budgets = BudgetRecord(budget_at_start_w(setting), setting.fleet.reserve_w, parked_w)
         self.source = BudgetSource(setting, lambda now_s: self.fleet.node_j(now_s, self.died_s), self.budgets.budget)
@@ -83,7 +77,6 @@ class Run:
         for failure in setting.failures:
             self._plan(failure)
         self.events.at(setting.interval_s, self._sample)
-        self.events.at(SLO_LOOK_S, self._look)
         self._until(setting.duration_s)
         for placed in self.fleet.placed:
             placed.engine.read(setting.duration_s)
@@ -165,11 +158,6 @@ class Run:
         self.targets_w.append(self.source.target_w or 0.0)
         self.charges_w.append(self.budgets.charge_w)
         self.events.at((self.samples.taken + 1) * self.setting.interval_s, self._sample)
-
-    def _look(self, now_s: float) -> None:
-        for account in self.accounts.values():
-            account.look(now_s)
-        self.events.at(now_s + SLO_LOOK_S, self._look)
 
     # -- failures --------------------------------------------------------------------------------------------------
 

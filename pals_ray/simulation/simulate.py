@@ -64,13 +64,12 @@ def collect(run: Run) -> RunResult:
 
 
 def _model(run: Run, name: str) -> ModelResult:
-    log, account = run.fleet.logs[name], run.accounts[name]
+    log = run.fleet.logs[name]
     return ModelResult(
         name=name,
-        target=account.target,
+        target=run.setting.fleet.model(name).target,
         requests=log.outcomes(),
         itl_counts=np.array(log.itl_counts, dtype=np.int64),
-        slo=account.state,
     )
 
 

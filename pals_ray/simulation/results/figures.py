@@ -14,10 +14,12 @@ from scipy.stats import t as student_t
 
 from pals_ray.control.budget.moving_budget import FollowedSignal
 from pals_ray.control.budget.regulation import FloatArray, sample_means, score
-from pals_ray.control.slo import BoolArray
+from pals_ray.control.slo import INTERVAL_S, SERVED, BoolArray
 from pals_ray.simulation.results.run_result import ModelResult, RunResult, quantile_s
 
 CONFIDENCE = 0.95
+#: QoS violations as PALS counts them: the time in which a model's tokens/s, as means over so long, s, are under target.
+PALS_UNDER_TARGET = {"under_target_half_s": 0.5, "under_target_5_s": 5.0, "under_target_60_s": 60.0}
 #: Figures of a run that followed a signal; of other runs they are None.
 REGULATION_FIGURES = ("tracking_error", "aqa_error", "pjm_score", "precision")
 
@@ -41,15 +43,16 @@ def figures(result: RunResult, since_s: float = 0.0, followed: FollowedSignal | 
     Attainment is the share of good requests of those that came until the end, whenever they were judged. Latencies are
     over these requests (TTFT) and all tokens (ITL) of all models; a request without a first token counts with the time
     that it has waited. Goodput counts the output tokens of good ones. `under_target_rate` is of the intervals in which
-    work waited at every look. Decisions and cap changes are per replica. `settle_s` and `settle_over_w` are the longest and the
-    highest over all budget cuts, None where a signal is `followed`: its budget falls again before a fall has settled.
-    ITL percentiles, preemptions, decisions, stranded watts and what concerns the budget are of the whole run.
+    work waited at every look, `PALS_UNDER_TARGET` are as PALS counts. Decisions and cap changes are per replica.
+    `settle_s` and `settle_over_w` are the longest and the highest over all budget cuts, None where a signal is
+    `followed`: its budget falls again before a fall has settled. ITL percentiles, preemptions, decisions, stranded
+    watts and what concerns the budget are of the whole run.
     """
     # Share of time that its cap held the clock of each replica down.
     binding = [replica.binding.mean() for replica in result.replicas if len(result.time_s)]
     minutes, length_s = result.duration_s / 60.0, result.duration_s - since_s
     models, replicas = list(result.models.values()), result.replicas
-    good = sum(good_tokens(result, model, since_s) for model in models)
+    good = sum(_good_tokens(result, model, since_s) for model in models)
     tokens = sum(_after(result, since_s, replica.tokens_per_s) for replica in replicas)
     energy_j, node_energy_j = (_after(result, since_s, watts) for watts in (result.power_w, result.node_power_w))
     cuts = result.cuts if followed is None else ()
@@ -94,11 +97,11 @@ def model_figures(result: RunResult, since_s: float = 0.0) -> dict[str, Figures]
     """Each model's own figures, by name; `since_s` as in `figures`."""
     out = {}
     for name, model in result.models.items():
-        tokens = sum(_after(result, since_s, r.tokens_per_s) for r in result.replicas if r.model == name)
+        length_s = result.duration_s - since_s
         out[name] = {
             "priority": model.target.priority,
-            "tokens_per_s": tokens / (result.duration_s - since_s),
-            "goodput_tokens_per_s": good_tokens(result, model, since_s) / (result.duration_s - since_s),
+            "tokens_per_s": _tokens(result, model, since_s) / length_s,
+            "goodput_tokens_per_s": _good_tokens(result, model, since_s) / length_s,
             **_service([model], result, since_s),
         }
     return out
@@ -112,7 +115,7 @@ def priority_figures(result: RunResult, since_s: float = 0.0) -> dict[int, Figur
     length_s, found = result.duration_s - since_s, {}
     for number in sorted(classes):
         good, late = _verdicts(classes[number], result, since_s)
-        tokens = sum(good_tokens(result, model, since_s) for model in classes[number])
+        tokens = sum(_good_tokens(result, model, since_s) for model in classes[number])
         found[number] = {"attainment": share_of(good, late), "goodput_tokens_per_s": tokens / length_s}
     return found
 
@@ -124,14 +127,21 @@ def judged(result: RunResult, model: ModelResult, since_s: float = 0.0) -> tuple
     return good & came, late & came
 
 
-def good_tokens(result: RunResult, model: ModelResult, since_s: float = 0.0) -> int:
-    """Output tokens of the good requests that came since `since_s` and until the end."""
-    return int(model.requests.output_tokens[judged(result, model, since_s)[0]].sum())
-
-
 def share_of(good: int, late: int) -> float | None:
     """The attainment of so many requests; None where there are none."""
     return good / (good + late) if good + late else None
+
+
+def _good_tokens(result: RunResult, model: ModelResult, since_s: float) -> float:
+    """Output tokens of the good requests that came since `since_s` and until the end; of a model without limits all
+    tokens made in that time."""
+    if not model.target.slo.judges:
+        return _tokens(result, model, since_s)
+    return float(model.requests.output_tokens[judged(result, model, since_s)[0]].sum())
+
+
+def _tokens(result: RunResult, model: ModelResult, since_s: float) -> float:
+    return sum(_after(result, since_s, r.tokens_per_s) for r in result.replicas if r.model == model.name)
 
 
 def _verdicts(models: Sequence[ModelResult], result: RunResult, since_s: float) -> tuple[int, int]:
@@ -188,18 +198,51 @@ def _service(models: Sequence[ModelResult], result: RunResult, since_s: float) -
     itl_counts = np.sum([model.itl_counts for model in models], axis=0)
     good, late = _verdicts(models, result, since_s)
     attainment = share_of(good, late)
-    intervals, under = sum(m.slo.intervals for m in models), sum(m.slo.under_target for m in models)
     return {
         "good_requests": good,
         "late_requests": late,
         "attainment": attainment,
         "late_rate": None if attainment is None else 1.0 - attainment,
-        "under_target_rate": under / intervals if intervals else None,
+        "under_target_rate": _under_target(models, result, since_s, INTERVAL_S, SERVED, waiting=True),
+        **{key: _under_target(models, result, since_s, s) for key, s in PALS_UNDER_TARGET.items()},
         "ttft_p50_s": _quantile(ttft_s, 0.5),
         "ttft_p99_s": _quantile(ttft_s, 0.99),
         "itl_p50_s": quantile_s(itl_counts, 0.5),
         "itl_p99_s": quantile_s(itl_counts, 0.99),
     }
+
+
+def _under_target(
+    models: Sequence[ModelResult],
+    result: RunResult,
+    since_s: float,
+    interval_s: float,
+    served: float = 1.0,
+    *,
+    waiting: bool = False,
+) -> float | None:
+    """The share of intervals in which a model made less than this part of its tokens/s target, of all intervals of the
+    models with one; with `waiting` of only those in which its requests waited at every sample."""
+    under: list[BoolArray] = []
+    for model in models:
+        target = model.target.throughput_tokens_per_s
+        own = [replica for replica in result.replicas if replica.model == model.name]
+        if target is None or not len(result.time_s):
+            continue
+        samples = round(interval_s / float(result.time_s[0]))
+        counted = result.time_s > since_s + 1e-9
+        rate, waits = (
+            _intervals(np.sum([getattr(replica, name) for replica in own], axis=0)[counted], samples)
+            for name in ("tokens_per_s", "waiting")
+        )
+        under.append((rate.mean(axis=1) < served * target) & (not waiting or (waits > 0).all(axis=1)))
+    return float(np.concatenate(under).mean()) if under and sum(map(len, under)) else None
+
+
+def _intervals(series: FloatArray, samples: int) -> FloatArray:
+    """(intervals, samples): a series cut into whole intervals."""
+    whole = len(series) // samples * samples
+    return np.asarray(series[:whole], dtype=np.float64).reshape(-1, samples)
 
 
 def _ttft_s(result: RunResult, model: ModelResult, since_s: float) -> FloatArray:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pals_ray.control.slo import BoolArray, SloState, good_requests
+from pals_ray.control.slo import BoolArray, good_requests
 from pals_ray.types import Slo, Target
 
 FloatArray = NDArray[np.float64]
@@ -61,7 +61,6 @@ class ModelResult:
     target: Target
     requests: RequestOutcomes
     itl_counts: IntArray
-    slo: SloState
 
     def itl_s(self, q: float) -> float | None:
         """A quantile of all inter-token latencies, s."""
