@@ -20,7 +20,6 @@ from pals_ray.gpus.gpu_protocol import (
     checked_limit_mw,
     permission_help,
 )
-from pals_ray.models.specs import UnknownSpecError, find_gpu
 from pals_ray.types import GpuInfo, GpuState, Provenance
 
 logger = logging.getLogger(__name__)
@@ -91,17 +90,15 @@ class NvmlGpu:
     @cached_property
     @_maps_errors("read what it is and the range of its power limit")
     def info(self) -> GpuInfo:
-        """Identity and range. NVML does not know `idle_w`: it comes from our table of products, or is 0."""
+        """Identity and range, read once."""
         if self._mig_enabled():
             raise GpuUnsupportedError(_mig_message(self.uuid, "is divided into MIG slices"))
         min_mw, max_mw = pynvml.nvmlDeviceGetPowerManagementLimitConstraints(self._handle)
-        product = pynvml.nvmlDeviceGetName(self._handle)
         return GpuInfo(
             uuid=self.uuid,
-            product=product,
+            product=pynvml.nvmlDeviceGetName(self._handle),
             min_limit_w=min_mw / 1000,
             max_limit_w=max_mw / 1000,
-            idle_w=_idle_w(product),
             provenance=Provenance.MEASURED,
         )
 
@@ -179,13 +176,6 @@ class NvmlGpu:
     def process_ids(self) -> Sequence[int]:
         """Compute processes, by the host's pids (a container with its own pid namespace sees other numbers)."""
         return tuple(sorted({p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)}))
-
-
-def _idle_w(product: str) -> float:
-    try:
-        return find_gpu(product).idle_bare_w
-    except UnknownSpecError:
-        return 0.0
 
 
 def _mig_message(uuid: str, what: str) -> str:

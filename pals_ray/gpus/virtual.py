@@ -59,7 +59,6 @@ class VirtualGpu:
             product=f"virtual {spec.name}",
             min_limit_w=spec.min_limit_w,
             max_limit_w=spec.max_limit_w,
-            idle_w=spec.idle_bare_w,
             provenance=Provenance.MODELLED,
         )
         self._block = block

@@ -9,8 +9,8 @@ from __future__ import annotations
 import mmap
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ class VirtualBlock:
         gpus: NDArray[Any] = np.ndarray((int(header["num_gpus"][0]),), _GPU, memory, offset=_HEADER.itemsize)
         return cls(key, find_gpu(header["spec"][0].decode()), gpus)
 
-    def locked(self) -> AbstractContextManager[None]:
+    def locked(self) -> AbstractContextManager[Any]:
         """Exclude all other writers of the node; a thread may enter again. Raises `GpuError` if it takes too long."""
         return _held(self._lock)
 
@@ -142,19 +142,15 @@ def gpu_block_path(key: str) -> Path:
     return _FOLDER / (_PREFIX + key)
 
 
-@contextmanager
-def _held(lock: FileLock) -> Iterator[None]:
+def _held(lock: FileLock) -> AbstractContextManager[Any]:
+    """The lock, taken now, to be released at the end of the `with` that it is used in."""
     try:
-        lock.acquire(timeout=_LOCK_TIMEOUT_S)
+        return lock.acquire(timeout=_LOCK_TIMEOUT_S)
     except Timeout as error:
         raise GpuError(
             f"{lock.lock_file} was not free within {_LOCK_TIMEOUT_S:g} s, though it is held for microseconds: the "
             f"process that holds it must be stopped (`fuser {lock.lock_file}` names it)."
         ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def lock_path(key: str) -> Path:

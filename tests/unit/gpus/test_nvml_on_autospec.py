@@ -160,11 +160,6 @@ def test_parts_older_than_mig_are_whole_gpus(nvml: MagicMock, gpu: NvmlGpu) -> N
     assert gpu.info.max_limit_w == 400.0
 
 
-def test_a_product_that_no_table_knows_has_no_known_idle_draw(nvml: MagicMock, gpu: NvmlGpu) -> None:
-    nvml.nvmlDeviceGetName.return_value = "NVIDIA RTX 6000 Ada Generation"
-    assert gpu.info.idle_w == 0.0
-
-
 @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED])
 def test_no_driver_is_said_to_be_missing(nvml: MagicMock, code: int) -> None:
     nvml.nvmlInit.side_effect = pynvml.NVMLError(code)
