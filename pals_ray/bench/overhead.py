@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 
 from pals_ray.bench.served_fleet import URL, BenchError, default_fleet, served_fleet
+from pals_ray.engine.hook_cost import hook_us
 from pals_ray.models.power_model import FloatArray
 from pals_ray.plots.tables import Report, table
 from pals_ray.profiling.load import ClosedLoop, LoadResult, RequestShape, in_full_swing
@@ -32,12 +33,10 @@ UNPACED = "pals_ray.engine.virtual.unpaced_worker.UnpacedWorker"
 
 def run(pairs: int, seconds: float) -> Report:
     """Compare an engine under pals-ray, unpaced, with plain ray.serve.llm; and time the scheduler's hook."""
-    from pals_ray.engine.hook_cost import measure_hooks  # imports vLLM
-
     with served_fleet(unpaced_fleet()):
         _deploy_plain()
         done = np.array(asyncio.run(_alternate(pairs, seconds)))
-    hook_us = measure_hooks().scheduler.p50_us
+    step_us = hook_us()
     rows, figures = [], dict[str, float]()
     for number, (title, key, form) in enumerate((("tokens/s", "throughput", ".1f"), ("TTFT p50, s", "ttft", ".4f"))):
         ours, plain = done[:, :, number].T
@@ -52,7 +51,7 @@ def run(pairs: int, seconds: float) -> Report:
         left=("figure",),
         title=f"Under pals-ray over plain ray.serve.llm: {pairs} pairs of {seconds:g} s, {STREAMS} streams",
     )
-    return Report(figures | {"hook_us": hook_us}, shown, f"scheduler hook: {hook_us:.2f} us a step")
+    return Report(figures | {"hook_us": step_us}, shown, f"scheduler hook: {step_us:.2f} us a step")
 
 
 def ratio(ratios: FloatArray) -> tuple[float, float, float]:

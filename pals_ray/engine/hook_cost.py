@@ -1,11 +1,9 @@
-"""What our hooks add to a step of the engine, measured on this machine without an engine."""
+"""What our scheduler's hook adds to a step of the engine, measured on this machine without an engine."""
 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -14,54 +12,13 @@ from pals_ray.engine.control_block import ControlBlock
 from pals_ray.engine.scheduler_hook import SchedulerHook
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """Microseconds a call: the median and the 99th percentile."""
-
-    p50_us: float
-    p99_us: float
-
-
-@dataclass(frozen=True, slots=True)
-class HookCosts:
-    """`scheduler` is added to each step in EngineCore, `stat_logger` to each step in the replica's event loop;
-    `agent_read` is what one reading of the block costs the agent."""
-
-    batch: int
-    scheduler: Cost
-    stat_logger: Cost
-    agent_read: Cost
-
-
-def measure_hooks(batch: int = 64, calls: int = 20_000) -> HookCosts:
-    """Time each hook `calls` times, for steps in which `batch` sequences get a token. Imports vLLM."""
-    from vllm.v1.metrics.stats import IterationStats, SchedulerStats
-
-    from pals_ray.engine.stat_logger import StatRecord
-
+def hook_us(batch: int = 64, calls: int = 20_000) -> float:
+    """The median over so many steps in EngineCore, us a step, in which `batch` sequences get a token."""
     with tempfile.TemporaryDirectory() as folder:
-        block = ControlBlock.create(Path(folder) / "block")
-        hook, record = SchedulerHook(block, batch), StatRecord(block)
-        scheduler, iteration = SchedulerStats(num_running_reqs=batch), IterationStats()
-        iteration.num_generation_tokens = batch
-        iteration.inter_token_latencies_iter = [0.025 + 1e-6 * i for i in range(batch)]
+        hook = SchedulerHook(ControlBlock.create(Path(folder) / "block"), batch)
 
         def step() -> None:
             hook.limit(batch)
             hook.publish(batch, 0)
 
-        return HookCosts(
-            batch,
-            _time(step, calls),
-            _time(lambda: record.write(scheduler, iteration), calls),
-            _time(lambda: block.telemetry(), calls // 10),
-        )
-
-
-def _time(call: Callable[[], object], calls: int) -> Cost:
-    took_us = np.empty(calls)
-    for i in range(calls):
-        start_ns = time.perf_counter_ns()
-        call()
-        took_us[i] = (time.perf_counter_ns() - start_ns) / 1000
-    return Cost(*np.percentile(took_us, [50, 99]).tolist())
+        return float(np.median(timeit.repeat(step, repeat=calls, number=1))) * 1e6
