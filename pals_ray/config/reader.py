@@ -20,12 +20,6 @@ M = TypeVar("M", bound=BaseModel)
 class ConfigError(PalsError, ClickException):
     """A configuration that cannot be used. A ClickException, so that `serve run` prints the message alone."""
 
-    def __str__(self) -> str:
-        return self.message
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.message,)
-
 
 class StrictModel(BaseModel):
     """A part of a file: unknown keys are refused, and nothing changes after reading."""
