@@ -17,15 +17,7 @@ from pals_ray.control.budget.signal_following import Following
 from pals_ray.control.snapshot import Overhead
 from pals_ray.models.physics.roofline import Workload
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
-from pals_ray.simulation.setting import (
-    AgentSilent,
-    Failure,
-    ManagerDown,
-    NodeDeath,
-    SimFleet,
-    SimModel,
-    SimNode,
-)
+from pals_ray.simulation.setting import AgentSilent, Failure, ManagerDown, NodeDeath, SimFleet, SimModel, SimNode
 from pals_ray.simulation.traces import Trace, bursts, clipped, diurnal, lengthened, poisson, ramped, resampled
 
 #: Time in which engines fill and controllers find their first points; not counted, s.
