@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pals_ray.config.fleet import DomainConfig, KnownGpu, KnownModel, OverheadConfig, Seconds, TargetConfig, Watts
+from pals_ray.config.fleet import KnownGpu, KnownModel, Seconds, TargetConfig
 from pals_ray.config.reader import ConfigError, StrictModel, check_mapping, read_content
+from pals_ray.control.snapshot import Domain, Overhead, Watts
 
 #: The scenarios that come with pals-ray, in the checkout's top folder.
 SHIPPED = Path(__file__).parents[2] / "scenarios"
@@ -28,13 +30,14 @@ POLICIES = (
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
-class CitedOverhead(OverheadConfig):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CitedOverhead(Overhead):
     """Node watts beside the GPUs', `a_w + b * GPU watts`, of one server with `gpus` GPUs, and which one that is.
 
     A node with more or fewer GPUs has `a_w` in proportion.
     """
 
-    gpus: int = Field(4, ge=1, le=16)
+    gpus: Annotated[int, Field(ge=1, le=16)] = 4
     source: str
 
 
@@ -64,7 +67,7 @@ class FleetSpec(StrictModel):
     name: str
     nodes: Annotated[tuple[NodeSpec, ...], Field(min_length=1)]
     models: Annotated[tuple[ModelSpecEntry, ...], Field(min_length=1)]
-    domains: tuple[DomainConfig, ...] = ()
+    domains: tuple[Domain, ...] = ()
 
     @model_validator(mode="after")
     def _replicas_fit(self) -> FleetSpec:
