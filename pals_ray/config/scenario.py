@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pals_ray.config.fleet import KnownGpu, KnownModel, Seconds, TargetConfig
 from pals_ray.config.reader import ConfigError, StrictModel, check_mapping, read_content
@@ -197,6 +197,16 @@ class FailureSpec(StrictModel):
         return self
 
 
+def _known_policies(policies: tuple[str, ...]) -> tuple[str, ...]:
+    for policy in policies:
+        name, _, batch = policy.partition("@")
+        if name not in POLICIES or (batch and (name != "power_only" or not batch.isdigit() or int(batch) < 1)):
+            raise ValueError(f"unknown policy {policy!r}; possible are {', '.join(POLICIES)}, power_only@BATCH")
+    if len(set(policies)) < len(policies):
+        raise ValueError("a policy is there twice")
+    return policies
+
+
 class Scenario(StrictModel):
     """One evaluation: every fleet under every load and every budget, each with every policy and seed.
 
@@ -214,22 +224,11 @@ class Scenario(StrictModel):
     budget: BudgetSpec = BudgetSpec()
     limits: LimitSpec = LimitSpec()
     failures: tuple[FailureSpec, ...] = ()
-    policies: Annotated[tuple[str, ...], Field(min_length=1)]
+    policies: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_known_policies)]
     oracle: bool = False
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (1,)
     tuning_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (101,)
     violation_limit: float = Field(0.01, ge=0, lt=1)
-
-    @field_validator("policies")
-    @classmethod
-    def _known_policies(cls, policies: tuple[str, ...]) -> tuple[str, ...]:
-        for policy in policies:
-            name, _, batch = policy.partition("@")
-            if name not in POLICIES or (batch and (name != "power_only" or not batch.isdigit() or int(batch) < 1)):
-                raise ValueError(f"unknown policy {policy!r}; possible are {', '.join(POLICIES)}, power_only@BATCH")
-        if len(set(policies)) < len(policies):
-            raise ValueError("a policy is there twice")
-        return policies
 
     @model_validator(mode="after")
     def _consistent(self) -> Scenario:
