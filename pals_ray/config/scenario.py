@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pals_ray.config.fleet import KnownGpu, KnownModel, Seconds, TargetConfig
 from pals_ray.config.reader import ConfigError, StrictModel, check_mapping, read_content
 from pals_ray.control.snapshot import Domain, Overhead, Watts
+from pals_ray.simulation.setting import FailureKind
 
 #: The scenarios that come with pals-ray, in the checkout's top folder.
 SHIPPED = Path(__file__).parents[2] / "scenarios"
@@ -183,7 +184,7 @@ class LimitSpec(StrictModel):
 class FailureSpec(StrictModel):
     """An agent that is silent or a manager that is down from `at_s` for `for_s`, or a node that dies at `at_s`."""
 
-    kind: Literal["agent_silent", "manager_down", "node_death"]
+    kind: FailureKind
     at_s: float = Field(ge=0)
     for_s: Seconds | None = None
     who: str | None = None
