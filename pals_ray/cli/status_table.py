@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pals_ray.plots.tables import table
+from pals_ray.plots.tables import seconds, table
 from pals_ray.types import BudgetSource, FleetStatus, Latency, ReplicaStatus, Target
 
 
@@ -37,7 +37,7 @@ def target_text(target: Target) -> str:
     """What is wanted of a model, in a few words."""
     parts = [_throughput(target)]
     parts += [
-        f"{name} p99 within {_latency(limit_s)}"
+        f"{name} p99 within {seconds(limit_s)}"
         for name, limit_s in (("TTFT", target.ttft_p99_s), ("ITL", target.itl_p99_s))
         if limit_s is not None
     ]
@@ -89,7 +89,7 @@ def _replica(replica: ReplicaStatus) -> Text:
         said, (throughput, power) = replica.expected, replica.correction
         text.append(
             f"  predicted {said.capacity_tokens_per_s:.0f} tok/s at most for {said.demand_tokens_per_s:.0f} demanded, "
-            f"{said.running:.0f} running, {said.node_w:.0f} W, ITL p99 {_latency(said.itl_p99_s)} | by the "
+            f"{said.running:.0f} running, {said.node_w:.0f} W, ITL p99 {seconds(said.itl_p99_s)} | by the "
             f"{replica.predicted_by}, corrected x{throughput:.2f} tok/s x{power:.2f} W\n"
         )
     text.append(f"  {replica.reason}\n  grant {replica.grant_w:.0f} W: {replica.grant_reason}", style="italic")
@@ -134,11 +134,5 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _percentiles(seen: Latency, limit_s: float | None) -> str:
-    limit = "" if limit_s is None else f" (limit {_latency(limit_s)})"
-    return f"p50 {_latency(seen.p50_s)} p99 {_latency(seen.p99_s)}{limit}"
-
-
-def _latency(value_s: float | None) -> str:
-    if value_s is None:
-        return "-"
-    return f"{value_s * 1000:.0f} ms" if value_s < 1 else f"{value_s:.2f} s"
+    limit = "" if limit_s is None else f" (limit {seconds(limit_s)})"
+    return f"p50 {seconds(seen.p50_s)} p99 {seconds(seen.p99_s)}{limit}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from pals_ray.config.fleet import DomainConfig, KnownGpu, KnownModel, OverheadConfig, Seconds, TargetConfig, Watts
+from pals_ray.config.fleet import KnownGpu, KnownModel, Seconds, TargetConfig
 from pals_ray.config.reader import ConfigError, StrictModel, check_mapping, read_content
+from pals_ray.control.snapshot import Domain, Overhead, Watts
+from pals_ray.simulation.setting import FailureKind
 
 #: The scenarios that come with pals-ray, in the checkout's top folder.
 SHIPPED = Path(__file__).parents[2] / "scenarios"
@@ -28,13 +31,14 @@ POLICIES = (
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
-class CitedOverhead(OverheadConfig):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CitedOverhead(Overhead):
     """Node watts beside the GPUs', `a_w + b * GPU watts`, of one server with `gpus` GPUs, and which one that is.
 
     A node with more or fewer GPUs has `a_w` in proportion.
     """
 
-    gpus: int = Field(4, ge=1, le=16)
+    gpus: Annotated[int, Field(ge=1, le=16)] = 4
     source: str
 
 
@@ -64,7 +68,7 @@ class FleetSpec(StrictModel):
     name: str
     nodes: Annotated[tuple[NodeSpec, ...], Field(min_length=1)]
     models: Annotated[tuple[ModelSpecEntry, ...], Field(min_length=1)]
-    domains: tuple[DomainConfig, ...] = ()
+    domains: tuple[Domain, ...] = ()
 
     @model_validator(mode="after")
     def _replicas_fit(self) -> FleetSpec:
@@ -180,7 +184,7 @@ class LimitSpec(StrictModel):
 class FailureSpec(StrictModel):
     """An agent that is silent or a manager that is down from `at_s` for `for_s`, or a node that dies at `at_s`."""
 
-    kind: Literal["agent_silent", "manager_down", "node_death"]
+    kind: FailureKind
     at_s: float = Field(ge=0)
     for_s: Seconds | None = None
     who: str | None = None
@@ -192,6 +196,16 @@ class FailureSpec(StrictModel):
         if self.kind != "node_death" and self.for_s is None:
             raise ValueError(f"{self.kind} needs for_s")
         return self
+
+
+def _known_policies(policies: tuple[str, ...]) -> tuple[str, ...]:
+    for policy in policies:
+        name, _, batch = policy.partition("@")
+        if name not in POLICIES or (batch and (name != "power_only" or not batch.isdigit() or int(batch) < 1)):
+            raise ValueError(f"unknown policy {policy!r}; possible are {', '.join(POLICIES)}, power_only@BATCH")
+    if len(set(policies)) < len(policies):
+        raise ValueError("a policy is there twice")
+    return policies
 
 
 class Scenario(StrictModel):
@@ -211,22 +225,11 @@ class Scenario(StrictModel):
     budget: BudgetSpec = BudgetSpec()
     limits: LimitSpec = LimitSpec()
     failures: tuple[FailureSpec, ...] = ()
-    policies: Annotated[tuple[str, ...], Field(min_length=1)]
+    policies: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_known_policies)]
     oracle: bool = False
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (1,)
     tuning_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (101,)
     violation_limit: float = Field(0.01, ge=0, lt=1)
-
-    @field_validator("policies")
-    @classmethod
-    def _known_policies(cls, policies: tuple[str, ...]) -> tuple[str, ...]:
-        for policy in policies:
-            name, _, batch = policy.partition("@")
-            if name not in POLICIES or (batch and (name != "power_only" or not batch.isdigit() or int(batch) < 1)):
-                raise ValueError(f"unknown policy {policy!r}; possible are {', '.join(POLICIES)}, power_only@BATCH")
-        if len(set(policies)) < len(policies):
-            raise ValueError("a policy is there twice")
-        return policies
 
     @model_validator(mode="after")
     def _consistent(self) -> Scenario:
