@@ -120,8 +120,8 @@ def _beside(found: Mapping[str, Json]) -> list[str]:
     table = markdown_table(["figure", "PALS (arXiv 2605.21427)", "here"], rows)
     joint = (
         "Within batch 1 to 64 joint control gains what power-only gains: tokens/J rise with the batch at any cap, here "
-        "as in the sweep that PALS's first author published. It pays above 64 places, where prefill and SLOs limit what "
-        "a step may take, and where replicas share a budget."
+        "as in the sweep that PALS's first author published. It pays above 64 places, where prefill and SLOs limit "
+        "what a step may take, and where replicas share a budget."
     )
     return ["## Beside PALS's own numbers", "", *table, *([joint, ""] if paper else [])]
 
