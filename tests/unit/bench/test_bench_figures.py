@@ -47,7 +47,7 @@ def test_too_short_a_run_has_an_error_and_no_score():
     assert math.isfinite(short["tracking_error"])
 
 
-def test_a_watch_says_mean_watts_tokens_and_the_share_of_violations():
+def test_a_watch_says_mean_watts_tokens_and_attainment():
     seen = watched(lambda t: 500.0, 10)
     assert seen.rates() == pytest.approx((500, 2, 0.004))
     assert seen.attainment is None

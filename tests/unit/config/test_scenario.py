@@ -6,10 +6,20 @@ import pytest
 import yaml
 
 from pals_ray.config.reader import ConfigError
-from pals_ray.config.scenario import SHIPPED, find_scenario, load_scenario
+from pals_ray.config.scenario import SHIPPED, find_scenario, load_scenario, start_batch
 from pals_ray.config.trace_files import load_trace
+from pals_ray.evaluation.cases import cases_of
 
-NAMES = ("demand_response", "failures", "mixed_fleet", "pals_cluster", "pals_node", "regulation")
+NAMES = (
+    "demand_response",
+    "failures",
+    "mixed_fleet",
+    "pals_cluster",
+    "pals_node",
+    "pals_paper",
+    "pals_paper_cluster",
+    "regulation",
+)
 
 
 @pytest.fixture
@@ -44,8 +54,29 @@ def test_pals_node_is_the_grid_of_the_paper():
     assert {fleet.nodes[0].gpu for fleet in scenario.fleets} == {"A100-SXM", "H100-SXM"}
     for fleet in scenario.fleets:
         (node,), (model,) = fleet.nodes, fleet.models
-        assert model.max_batch == 64
+        assert model.max_batch == 256
+        slos = {name: limits.slo_of(model) for name, limits in scenario.limits.items()}
+        large = model.name in {"Llama-3.1-70B", "Mixtral-8x7B", "Llama-4-Scout"}
+        assert (slos["server"].ttft_s, slos["server"].tpot_s) == (2.0, 0.2 if large else 0.1)
+        assert (slos["interactive"].ttft_s, slos["interactive"].tpot_s) == (0.5, 0.04)
         assert len(node.models) * model.tensor_parallel == node.gpus == 4
+
+
+@pytest.mark.parametrize(
+    ("policy", "most", "start"),
+    [("static", 256, 64), ("static", 32, 32), ("static@256", 256, 256), ("pals", 256, 256), ("pals@64", 256, 64)],
+)
+def test_engines_start_at_what_a_policy_name_says_and_static_ones_at_64(policy, most, start):
+    assert start_batch(policy, most) == start
+
+
+def test_every_budget_is_a_case_and_the_common_peak_only_at_the_first():
+    names = [case.name for case in cases_of(load_scenario(find_scenario("pals_cluster")))]
+    assert len(names) == len(set(names)) == 8
+    assert [name for name in names if "together" in name] == [
+        "three nodes, server, load 0.65 together, 4800 W",
+        "three nodes, server, load 0.75 together, 4800 W",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -53,6 +84,10 @@ def test_pals_node_is_the_grid_of_the_paper():
     [
         ({"policies": ["static", "magic"]}, r"policies: unknown policy 'magic'; possible are static"),
         ({"policies": ["power_only@0"]}, "unknown policy 'power_only@0'"),
+        ({"limits": {"server": {"ttft_s": 2.0}}}, "tpot_s"),
+        ({"limits": {"server": {"ttft_s": 0.0, "tpot_s": 0.1}}}, "ttft_s"),
+        ({"limits": {"s": {"ttft_s": 1, "tpot_s": 1, "models": {"GPT-2": {"ttft_s": 1, "tpot_s": 1}}}}}, "no fleet"),
+        ({"load": {"closed": True}}, "needs load.targets"),
         ({"seeds": [7], "tuning_seeds": [7]}, "overlap"),
         ({"budget": {"watts": 900, "shares": [0.5]}}, "not both"),
         ({"budget": {"regulation": {"base_share": 0.9, "range_share": 0.2}}}, "exceed the natural draw"),
@@ -99,7 +134,5 @@ def test_a_models_slo_can_be_given_and_its_old_limits_are_refused(changed):
 
 
 def test_an_unknown_name_lists_the_shipped_scenarios():
-    with pytest.raises(
-        ConfigError, match="demand_response, failures, mixed_fleet, pals_cluster, pals_node, regulation"
-    ):
+    with pytest.raises(ConfigError, match=", ".join(NAMES)):
         find_scenario("pals_nod")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,33 +11,34 @@ import pytest
 from pals_ray.control.budget.moving_budget import FollowedSignal
 from pals_ray.control.budget.regulation import synthetic_signal
 from pals_ray.control.budget.signal_following import Following
-from pals_ray.control.slo import QosState, Verdict
 from pals_ray.simulation.results.figures import (
     counts_as_gain,
     estimate,
     figures,
     gain,
-    good_tokens,
     means,
     model_figures,
+    priority_figures,
     regulation_figures,
-    violations_by_priority,
 )
 from pals_ray.simulation.results.run_result import (
     FINE_EDGES_S,
     Cut,
     ModelResult,
-    QosInterval,
     ReplicaResult,
     RequestOutcomes,
     RunResult,
 )
-from pals_ray.types import Target
+from pals_ray.types import Slo, Target
 
 NAN = math.nan
 
 
-def a_model(name, target=None, intervals=10, violations=0, itl_s=0.02):
+def slo(priority=0, **limits):
+    return Target(slo=Slo(**limits), priority=priority)
+
+
+def a_model(name, target=None, itl_s=0.02):
     """Four requests: one in time, one late to start, one slow in between, one that never began; 10 s in all."""
     requests = RequestOutcomes(
         arrival_s=np.array([0.0, 0.0, 1.0, 6.0]),
@@ -49,9 +51,7 @@ def a_model(name, target=None, intervals=10, violations=0, itl_s=0.02):
     )
     counts = np.zeros(len(FINE_EDGES_S) + 1, int)
     counts[np.searchsorted(FINE_EDGES_S, itl_s)] = 30
-    verdicts = [Verdict(False, i < violations, False, "") for i in range(intervals)]
-    judged = tuple(QosInterval(5.0 * (i + 1), verdict) for i, verdict in enumerate(verdicts))
-    return ModelResult(name, target or Target(), requests, counts, QosState(), judged)
+    return ModelResult(name, target or Target(), requests, counts)
 
 
 def a_run(models, *, node_power_w=None, energy_j=2000.0, node_energy_j=2500.0, tokens=33, cuts=(), duration_s=10.0):
@@ -64,6 +64,7 @@ def a_run(models, *, node_power_w=None, energy_j=2000.0, node_energy_j=2500.0, t
     node_power_w = np.full(steps, node_energy_j / duration_s) if node_power_w is None else node_power_w
     return RunResult(
         duration_s=duration_s,
+        followed_s=duration_s,
         models={m.name: m for m in models},
         replicas=(replica,),
         time_s=0.5 * (1 + np.arange(steps)),
@@ -93,20 +94,40 @@ def test_tokens_per_joule_at_both_boundaries():
 
 
 def test_what_came_before_the_warm_up_ended_does_not_count():
-    run = a_run([a_model("m", intervals=4, violations=2)])
+    run = a_run([a_model("m", slo(ttft_s=1.0))])
     found = figures(run, 5.0)
     assert found["tokens_per_joule"] == pytest.approx(33 / 2500)
     assert found["tokens_per_s"] == pytest.approx(3.3)
     assert found["ttft_p50_s"] == 4.0
-    assert found["violation_rate"] == pytest.approx(1 / 3)
-    assert good_tokens(run.models["m"], 10.0, 0.5) == 11
+    assert (found["good_requests"], found["late_requests"]) == (0, 1)
+    found = figures(run, 0.5)
+    assert (found["good_requests"], found["late_requests"]) == (1, 1)
+    assert found["goodput_tokens_per_s"] == pytest.approx(11 / 9.5)
 
 
-def test_goodput_counts_requests_within_both_limits():
-    assert good_tokens(a_model("m"), 10.0) == 33
-    assert good_tokens(a_model("m", Target(ttft_p99_s=1.0)), 10.0) == 22
-    assert good_tokens(a_model("m", Target(itl_p99_s=0.1)), 10.0) == 22
-    assert good_tokens(a_model("m", Target(ttft_p99_s=1.0, itl_p99_s=0.1)), 10.0) == 11
+@pytest.mark.parametrize(
+    ("limits", "good", "tokens"),
+    [({"ttft_s": 1.0}, 2, 22), ({"tpot_s": 0.1}, 2, 22), ({"ttft_s": 1.0, "tpot_s": 0.1}, 1, 11)],
+)
+def test_a_request_is_good_within_both_limits(limits, good, tokens):
+    found = figures(a_run([a_model("m", slo(**limits))]))
+    assert found["good_requests"] == good
+    assert found["attainment"] == pytest.approx(good / (good + found["late_requests"]))
+    assert found["late_rate"] == pytest.approx(1.0 - found["attainment"])
+    assert found["goodput_tokens_per_s"] == pytest.approx(tokens / 10.0)
+    assert found["goodput_tokens_per_joule"] == pytest.approx(tokens / 2500)
+
+
+def test_without_limits_all_tokens_are_good():
+    found = figures(a_run([a_model("m")]))
+    assert found["goodput_tokens_per_s"] == pytest.approx(found["tokens_per_s"])
+
+
+def test_a_request_is_followed_beyond_the_end_and_one_that_comes_after_it_is_not_judged():
+    run = a_run([a_model("m", slo(ttft_s=5.0))])
+    assert figures(run)["late_requests"] == 0
+    assert figures(replace(run, followed_s=12.0))["late_requests"] == 1
+    assert figures(replace(run, followed_s=12.0, duration_s=6.0))["late_requests"] == 0
 
 
 def test_a_request_that_never_began_counts_with_its_wait():
@@ -114,13 +135,28 @@ def test_a_request_that_never_began_counts_with_its_wait():
     assert found["ttft_p99_s"] == pytest.approx(np.quantile([0.5, 3.0, 0.5, 4.0], 0.99))
 
 
-def test_violations_are_over_all_intervals_and_by_class():
-    fast, slow = a_model("a", Target(priority=0), 10, 1), a_model("b", Target(priority=2), 30, 9)
+def test_attainment_is_over_all_requests_and_by_class():
+    fast, slow = a_model("a", slo(ttft_s=100.0)), a_model("b", slo(priority=2, ttft_s=1.0))
     found = a_run([fast, slow])
-    assert figures(found)["violation_rate"] == pytest.approx(10 / 40)
-    assert violations_by_priority(found) == {0: pytest.approx(0.1), 2: pytest.approx(0.3)}
-    assert model_figures(found)["b"]["violation_rate"] == pytest.approx(0.3)
-    assert figures(a_run([a_model("a", intervals=0)]))["violation_rate"] is None
+    assert figures(found)["attainment"] == pytest.approx(5 / 7)
+    assert {number: part["attainment"] for number, part in priority_figures(found).items()} == {0: 1.0, 2: 0.5}
+    assert priority_figures(found)[2]["goodput_tokens_per_s"] == pytest.approx(2.2)
+    assert model_figures(found)["b"]["attainment"] == pytest.approx(0.5)
+    assert figures(a_run([fast]), 9.0)["attainment"] is None
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_a_target_is_missed_in_means_over_each_length_and_ours_only_while_work_waits(waiting):
+    steps = 240
+    rate = np.tile(np.repeat([90.0, 110.0], 1), steps // 2)
+    rate[:120] *= 0.9
+    run = a_run([a_model("m", Target(throughput_tokens_per_s=100.0))], duration_s=120.0)
+    replica = replace(run.replicas[0], tokens_per_s=rate, waiting=np.full(steps, float(waiting)))
+    found = figures(replace(run, replicas=(replica,)))
+    assert found["under_target_half_s"] == pytest.approx(0.75)
+    assert found["under_target_5_s"] == found["under_target_60_s"] == pytest.approx(0.5)
+    assert found["under_target_rate"] == pytest.approx(0.5 if waiting else 0.0)
+    assert figures(a_run([a_model("m")]))["under_target_rate"] is None
 
 
 def test_latencies_are_pooled_over_models():
@@ -158,10 +194,11 @@ def test_a_draw_equal_to_the_signal_is_followed_without_error():
     assert off["tracking_error"] == pytest.approx(0.02)
 
 
-def test_a_gain_counts_at_one_percent_or_at_statics_own_rate():
-    assert counts_as_gain(0.01, 0.0, 0.01)
-    assert not counts_as_gain(0.011, 0.0, 0.01)
-    assert counts_as_gain(0.03, 0.03, 0.01)
+def test_a_gain_counts_at_the_attainment_asked_for_or_at_statics_own():
+    assert counts_as_gain(0.987, 1.0, 0.987)
+    assert not counts_as_gain(0.986, 1.0, 0.987)
+    assert counts_as_gain(0.97, 0.97, 0.987)
+    assert counts_as_gain(None, None, 0.987)
     assert gain(1.3, 1.0) == pytest.approx(0.3)
 
 

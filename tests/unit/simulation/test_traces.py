@@ -16,6 +16,7 @@ from pals_ray.simulation.traces import (
     TraceError,
     bursts,
     clipped,
+    continued,
     diurnal,
     lengthened,
     poisson,
@@ -114,6 +115,28 @@ def test_a_resampled_trace_keeps_pairs_of_lengths():
     pairs = set(zip(trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True))
     again = resampled(trace, 1.0, 600.0, 3)
     assert set(zip(again.prompt_tokens.tolist(), again.output_tokens.tolist(), strict=True)) <= pairs
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_with_an_own_start_the_rate_begins_where_the_requests_do(seed):
+    trace = resampled(uneven(), 2.0, 3600.0, seed, own_start=True)
+    first = int(np.random.default_rng(seed).integers(0, 1200))
+    busy = (np.arange(0.5, 60) * 60 + uneven().arrival_s[first]) % 3600 >= 1800
+    minutes = np.histogram(trace.arrival_s, np.linspace(0, 3600, 61))[0]
+    assert minutes[busy].mean() == pytest.approx(2 * minutes[~busy].mean(), rel=0.15)
+    together = np.histogram(resampled(uneven(), 2.0, 3600.0, seed).arrival_s, np.linspace(0, 3600, 61))[0]
+    assert together[30:].mean() == pytest.approx(2 * together[:30].mean(), rel=0.15)
+
+
+@given(st.floats(0.0, 900.0))
+def test_a_trace_is_continued_with_its_own_beginning(more_s):
+    trace = poisson(uneven(), 2.0, 300.0, 1)
+    longer = continued(trace, more_s)
+    assert longer.duration_s == 300.0 + more_s
+    assert np.array_equal(longer.arrival_s[: len(trace)], trace.arrival_s)
+    again = longer.arrival_s[len(trace) :] - 300.0
+    assert np.allclose(again[: len(trace)], trace.arrival_s[: len(again)])
+    assert np.array_equal(longer.output_tokens[len(trace) :][: len(trace)], trace.output_tokens[: len(again)])
 
 
 def test_bunched_arrivals_stay_bunched():
