@@ -44,6 +44,8 @@ _SCALE_KEYS = ("num_replicas", "autoscaling_config")
 def build(args: dict[str, str]) -> Application:
     """The application of the fleet file `args["config"]`; without one, two tiny models on four virtual A100s.
 
+    It has one deployment a model, and the ingress that carries the power API.
+
     Raises `ConfigError` with one message that says what is wrong and what is possible.
     """
     unknown = set(args) - {"config"}
@@ -55,11 +57,6 @@ def build(args: dict[str, str]) -> Application:
             "ingress that carries it. Unset it, and start Ray again without it."
         )
     fleet = load_fleet_config(args.get("config", DEFAULT_CONFIG))
-    return build_application(fleet)
-
-
-def build_application(fleet: FleetConfig) -> Application:
-    """The Serve application of a checked fleet: one deployment a model, and the ingress that carries the power API."""
     load_policy(fleet.policy)
     fleet = _settled(fleet)
     kind = fleet.hardware.kind

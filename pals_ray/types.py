@@ -25,7 +25,6 @@ class GpuInfo:
     product: str
     min_limit_w: float
     max_limit_w: float
-    idle_w: float
     provenance: Provenance
 
 

@@ -102,36 +102,27 @@ def _residuals(gpu: str, curves: Sequence[Curve]) -> Callable[[SiliconConstants]
 
 def fit_serving(curves: Sequence[Curve]) -> dict[str, SiliconConstants]:
     """Constants of H100 and B200 by damped Gauss-Newton; a GPU without curves gets the common ones and its cap law."""
-    gpus = ("H100-SXM", "B200")
-    n = len(_FITTED)
+    gpus, n = ("H100-SXM", "B200"), len(_FITTED)
     residuals = {gpu: _residuals(gpu, [c for c in curves if c.gpu == gpu]) for gpu in gpus}
-    common, own = np.zeros(n), np.zeros((len(gpus), n))
+    # Fitted are the common constants and then each GPU's deviations; a row of `own` adds up a GPU's constants.
+    spread = np.concatenate([np.ones(n), np.tile(_DEVIATION, len(gpus))])
+    own = {gpu: np.kron([1.0, *np.eye(len(gpus))[i]], np.eye(n)) for i, gpu in enumerate(gpus)}
+    fitted = np.zeros(len(spread))
     for _ in range(_ITERATIONS):
-        size = n * (1 + len(gpus))
-        hessian, gradient = np.zeros((size, size)), np.zeros(size)
-        hessian[:n, :n] = np.eye(n)
-        gradient[:n] = common
-        for i, gpu in enumerate(gpus, start=1):
+        hessian, gradient = np.diag(1.0 / spread**2), fitted / spread**2
+        for gpu in gpus:
 
             def f(x: FloatArray, gpu: str = gpu) -> FloatArray:
                 return residuals[gpu](moved(_START, SPREAD, _FITTED, x))
 
-            x = common + own[i - 1]
+            x = own[gpu] @ fitted
             r = f(x)
-            jacobian = slopes(f, x, r)
-            curvature, pull = jacobian.T @ jacobian, jacobian.T @ r
-            block = slice(n * i, n * (i + 1))
-            hessian[:n, :n] += curvature
-            hessian[:n, block] += curvature
-            hessian[block, :n] += curvature
-            hessian[block, block] += curvature + np.diag(1.0 / _DEVIATION**2)
-            gradient[:n] += pull
-            gradient[block] += pull + own[i - 1] / _DEVIATION**2
+            jacobian = slopes(f, x, r) @ own[gpu]
+            hessian += jacobian.T @ jacobian
+            gradient += jacobian.T @ r
         move = -np.linalg.solve(hessian, gradient)
-        move *= min(1.0, 1.0 / float(np.abs(move).max()))
-        common, own = common + move[:n], own + move[n:].reshape(own.shape)
-    found = zip(gpus, common + own, strict=True)
-    return {gpu: fit_cap_law(gpu, moved(_START, SPREAD, _FITTED, x)) for gpu, x in found}
+        fitted = fitted + move * min(1.0, 1.0 / float(np.abs(move).max()))
+    return {gpu: fit_cap_law(gpu, moved(_START, SPREAD, _FITTED, own[gpu] @ fitted)) for gpu in gpus}
 
 
 def fit_cap_law(gpu: str, serving: SiliconConstants) -> SiliconConstants:

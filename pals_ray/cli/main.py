@@ -5,26 +5,17 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
-from pals_ray.cli import bench, running_fleet
+from pals_ray.cli import bench
 from pals_ray.cli.fit import fit, overhead
 from pals_ray.cli.profile import profile
+from pals_ray.cli.running_fleet import budget, policies, status, stop, target
 from pals_ray.cli.simulate import simulate, validate_simulation
 from pals_ray.errors import PalsError
 
 app = typer.Typer(help="Power-aware LLM serving on Ray: one budget of watts for a fleet of vLLM replicas.")
-app.add_typer(running_fleet.budget, name="budget")
+app.add_typer(budget, name="budget")
 app.add_typer(bench.app, name="bench")
-for command in (
-    fit,
-    overhead,
-    running_fleet.policies,
-    profile,
-    simulate,
-    running_fleet.target,
-    validate_simulation,
-    running_fleet.status,
-    running_fleet.stop,
-):
+for command in (fit, overhead, policies, profile, simulate, target, validate_simulation, status, stop):
     app.command()(command)
 
 

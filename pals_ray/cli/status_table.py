@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pals_ray.plots.tables import table
+from pals_ray.plots.tables import seconds, table
 from pals_ray.types import BudgetSource, FleetStatus, Latency, ReplicaStatus, Slo, SloStatus, Target, Verdicts
 
 
@@ -165,10 +165,4 @@ def _number(value: float | None, form: str) -> str:
 
 def _percentiles(seen: Latency, limit_s: float | None) -> str:
     limit = "" if limit_s is None else f" (limit {_limit(limit_s)})"
-    return f"p50 {_latency(seen.p50_s)} p99 {_latency(seen.p99_s)}{limit}"
-
-
-def _latency(value_s: float | None) -> str:
-    if value_s is None:
-        return "-"
-    return f"{value_s * 1000:.0f} ms" if value_s < 1 else f"{value_s:.2f} s"
+    return f"p50 {seconds(seen.p50_s)} p99 {seconds(seen.p99_s)}{limit}"

@@ -6,14 +6,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pals_ray.config.reader import StrictModel, check_mapping, read_content
 from pals_ray.config.target import TargetedModel
-from pals_ray.control.snapshot import Domain, Overhead
+from pals_ray.control.snapshot import Domain, Overhead, Watts
 from pals_ray.models.specs import GPUS, MODELS
-
-Watts = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def known_model(name: str) -> str:
@@ -33,29 +31,6 @@ KnownModel = Annotated[str, AfterValidator(known_model)]
 KnownGpu = Annotated[str, AfterValidator(_known_gpu)]
 
 
-class OverheadConfig(StrictModel):
-    """Node watts that caps do not control: `a_w + b * GPU watts` on every node."""
-
-    a_w: float = Field(0.0, ge=0, allow_inf_nan=False)
-    b: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
-
-    def overhead(self) -> Overhead:
-        return Overhead(self.a_w, self.b)
-
-
-class DomainConfig(StrictModel):
-    """A rack or circuit with a budget of its own: the nodes whose Ray node label `label` has the value `value`."""
-
-    name: str
-    budget_w: Watts
-    parent: str | None = None
-    label: str | None = None
-    value: str | None = None
-
-    def domain(self) -> Domain:
-        return Domain(self.name, self.budget_w, self.parent, self.label, self.value)
-
-
 class VirtualNode(StrictModel):
     """The GPUs of a node without any: `count` modelled ones of one type."""
 
@@ -71,6 +46,16 @@ class HardwareConfig(StrictModel):
     allow_unenforced: bool = False
 
 
+def _has_an_id(llm_config: dict[str, Any]) -> dict[str, Any]:
+    loading = llm_config.get("model_loading_config")
+    if not isinstance(loading, dict) or not loading.get("model_id"):
+        raise ValueError("llm_config needs model_loading_config.model_id")
+    for key in ("engine_kwargs", "placement_group_config", "deployment_config"):
+        if not isinstance(llm_config.get(key, {}), dict):
+            raise ValueError(f"llm_config.{key} must be a mapping, not {llm_config[key]!r}")
+    return llm_config
+
+
 class ModelConfig(TargetedModel):
     """One model: Ray's own `LLMConfig` content, the operator's target, and how it is predicted.
 
@@ -78,7 +63,7 @@ class ModelConfig(TargetedModel):
     of `pals profile` that the head node can read, does not.
     """
 
-    llm_config: dict[str, Any]
+    llm_config: Annotated[dict[str, Any], AfterValidator(_has_an_id)]
     stands_for: KnownModel | None = None
     profile: str | None = None
 
@@ -108,22 +93,10 @@ class ModelConfig(TargetedModel):
     @property
     def expert_parallel(self) -> int:
         """Over how many ranks whole experts are spread: all tensor-parallel ones where vLLM is told so, else 1."""
-        enabled = self.llm_config.get("engine_kwargs", {}).get("enable_expert_parallel", False)
-        return self.tensor_parallel if enabled else 1
+        return self.tensor_parallel if self._engine_kwarg("enable_expert_parallel", False) else 1
 
-    def _engine_kwarg(self, name: str) -> Any:
-        return self.llm_config.get("engine_kwargs", {}).get(name, 1)
-
-    @field_validator("llm_config")
-    @classmethod
-    def _has_an_id(cls, llm_config: dict[str, Any]) -> dict[str, Any]:
-        loading = llm_config.get("model_loading_config")
-        if not isinstance(loading, dict) or not loading.get("model_id"):
-            raise ValueError("llm_config needs model_loading_config.model_id")
-        for key in ("engine_kwargs", "placement_group_config", "deployment_config"):
-            if not isinstance(llm_config.get(key, {}), dict):
-                raise ValueError(f"llm_config.{key} must be a mapping, not {llm_config[key]!r}")
-        return llm_config
+    def _engine_kwarg(self, name: str, default: Any = 1) -> Any:
+        return self.llm_config.get("engine_kwargs", {}).get(name, default)
 
     @model_validator(mode="after")
     def _one_node_whole_gpus(self) -> ModelConfig:
@@ -131,7 +104,7 @@ class ModelConfig(TargetedModel):
             value = self._engine_kwarg(key)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{self.model_id}: {key} must be a whole number of at least 1, not {value!r}")
-        if self.llm_config.get("engine_kwargs", {}).get("data_parallel_size", 1) != 1:
+        if self._engine_kwarg("data_parallel_size") != 1:
             raise ValueError(f"{self.model_id}: data_parallel_size is not managed; use more Serve replicas instead")
         placement = self.llm_config.get("placement_group_config", {})
         strategy = placement.get("strategy", "STRICT_PACK")
@@ -160,35 +133,33 @@ class ModelConfig(TargetedModel):
         return self
 
 
+def _some_model(models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
+    if not models:
+        raise ValueError("the list is empty; name one model at least, by its llm_config")
+    return models
+
+
+def _import_path(policy: str) -> str:
+    if not re.fullmatch(r"[\w.]+:\w+", policy):
+        raise ValueError(f"{policy!r} is not an import path of the form package.module:function")
+    return policy
+
+
 class FleetConfig(StrictModel):
     """The whole fleet file. Watts are at node level: GPUs plus overhead."""
 
     budget_w: Watts
     reserve_w: float = Field(0.0, ge=0, allow_inf_nan=False)
-    overhead: OverheadConfig = OverheadConfig()
-    domains: tuple[DomainConfig, ...] = ()
-    policy: str = "policies.pals:allocate"
+    overhead: Overhead = Overhead()
+    domains: tuple[Domain, ...] = ()
+    policy: Annotated[str, AfterValidator(_import_path)] = "policies.pals:allocate"
     hardware: HardwareConfig = HardwareConfig()
     time_scale: float = Field(2.0, ge=1, le=100)
     lease_s: float = Field(5.0, ge=1, le=3600)
     fail_safe_cap_w: Watts | None = None
     allow_parking: bool = False
     storage_path: str = "~/.pals-ray"
-    models: tuple[ModelConfig, ...]
-
-    @field_validator("models")
-    @classmethod
-    def _some_model(cls, models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
-        if not models:
-            raise ValueError("the list is empty; name one model at least, by its llm_config")
-        return models
-
-    @field_validator("policy")
-    @classmethod
-    def _import_path(cls, policy: str) -> str:
-        if not re.fullmatch(r"[\w.]+:\w+", policy):
-            raise ValueError(f"{policy!r} is not an import path of the form package.module:function")
-        return policy
+    models: Annotated[tuple[ModelConfig, ...], AfterValidator(_some_model)]
 
     @model_validator(mode="after")
     def _consistent(self) -> FleetConfig:

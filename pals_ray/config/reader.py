@@ -20,12 +20,6 @@ M = TypeVar("M", bound=BaseModel)
 class ConfigError(PalsError, ClickException):
     """A configuration that cannot be used. A ClickException, so that `serve run` prints the message alone."""
 
-    def __str__(self) -> str:
-        return self.message
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.message,)
-
 
 class StrictModel(BaseModel):
     """A part of a file: unknown keys are refused, and nothing changes after reading."""
@@ -76,7 +70,7 @@ def explain(error: ValidationError) -> str:
         where = ".".join(str(part) for part in item["loc"]) or "(whole file)"
         message = item["msg"].removeprefix("Value error, ")
         given = "" if item["type"] in {"value_error", "missing"} else f" (given: {item['input']!r})"
-        if item["type"] == "extra_forbidden":
+        if item["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
             message = "no such key"
         lines.append(f"  {where}: {message}{given}")
     return "\n".join(lines)

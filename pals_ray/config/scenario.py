@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from pals_ray.config.fleet import DomainConfig, KnownGpu, KnownModel, OverheadConfig, Watts
+from pals_ray.config.fleet import KnownGpu, KnownModel
 from pals_ray.config.reader import ConfigError, StrictModel, check_mapping, read_content
 from pals_ray.config.target import Seconds, TargetedModel
+from pals_ray.control.snapshot import Domain, Overhead, Watts
+from pals_ray.simulation.setting import FailureKind
 from pals_ray.types import Slo
 
 #: The scenarios that come with pals-ray, in the checkout's top folder.
@@ -35,13 +37,14 @@ Tokens = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
-class CitedOverhead(OverheadConfig):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CitedOverhead(Overhead):
     """Node watts beside the GPUs', `a_w + b * GPU watts`, of one server with `gpus` GPUs, and which one that is.
 
     A node with more or fewer GPUs has `a_w` in proportion.
     """
 
-    gpus: int = Field(4, ge=1, le=16)
+    gpus: Annotated[int, Field(ge=1, le=16)] = 4
     source: str
 
 
@@ -84,7 +87,7 @@ class FleetSpec(StrictModel):
     lengths: LengthSpec | None = None
     nodes: Annotated[tuple[NodeSpec, ...], Field(min_length=1)]
     models: Annotated[tuple[ModelSpecEntry, ...], Field(min_length=1)]
-    domains: tuple[DomainConfig, ...] = ()
+    domains: tuple[Domain, ...] = ()
 
     @model_validator(mode="after")
     def _replicas_fit(self) -> FleetSpec:
@@ -232,7 +235,7 @@ class LimitSet(LatencyLimits):
 class FailureSpec(StrictModel):
     """An agent that is silent or a manager that is down from `at_s` for `for_s`, or a node that dies at `at_s`."""
 
-    kind: Literal["agent_silent", "manager_down", "node_death"]
+    kind: FailureKind
     at_s: float = Field(ge=0)
     for_s: Seconds | None = None
     who: str | None = None
@@ -244,6 +247,16 @@ class FailureSpec(StrictModel):
         if self.kind != "node_death" and self.for_s is None:
             raise ValueError(f"{self.kind} needs for_s")
         return self
+
+
+def _known_policies(policies: tuple[str, ...]) -> tuple[str, ...]:
+    for policy in policies:
+        name, at, batch = policy.partition("@")
+        if name not in POLICIES or (at and not (batch.isdigit() and int(batch) > 0)):
+            raise ValueError(f"unknown policy {policy!r}; possible are {', '.join(POLICIES)}, each with @BATCH too")
+    if len(set(policies)) < len(policies):
+        raise ValueError("a policy is there twice")
+    return policies
 
 
 class Scenario(StrictModel):
@@ -265,24 +278,13 @@ class Scenario(StrictModel):
     budget: BudgetSpec = BudgetSpec()
     limits: dict[str, LimitSet] = Field({"server": LimitSet(ttft_s=2.0, tpot_s=0.1)}, min_length=1)
     failures: tuple[FailureSpec, ...] = ()
-    policies: Annotated[tuple[str, ...], Field(min_length=1)]
+    policies: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_known_policies)]
     oracle: bool = False
     oracle_step_w: int = Field(5, ge=1)
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (1,)
     tuning_seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (101,)
     least_requests: int = Field(0, ge=0)
     least_attainment: float = Field(0.987, gt=0, lt=1)
-
-    @field_validator("policies")
-    @classmethod
-    def _known_policies(cls, policies: tuple[str, ...]) -> tuple[str, ...]:
-        for policy in policies:
-            name, at, batch = policy.partition("@")
-            if name not in POLICIES or (at and not (batch.isdigit() and int(batch) > 0)):
-                raise ValueError(f"unknown policy {policy!r}; possible are {', '.join(POLICIES)}, each with @BATCH too")
-        if len(set(policies)) < len(policies):
-            raise ValueError("a policy is there twice")
-        return policies
 
     @model_validator(mode="after")
     def _consistent(self) -> Scenario:

@@ -1,4 +1,4 @@
-"""What our hooks add to a step of the engine, measured on this machine without an engine."""
+"""What our scheduler's hook adds to a step of the engine, measured on this machine without an engine."""
 
 from __future__ import annotations
 

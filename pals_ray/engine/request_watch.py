@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from pals_ray.control.slo import RequestJudge
 from pals_ray.engine.control_block import ControlBlock, RecordWriter
 
-#: Names of vLLM's statuses of requests that ended; all others ended as they should.
+#: Of the names of vLLM's statuses those of requests that ended otherwise than they should.
 _ABORTED, _FAILED = "FINISHED_ABORTED", frozenset({"FINISHED_ERROR", "FINISHED_IGNORED"})
 
 
@@ -97,8 +97,9 @@ class RequestWatch:
     def _settle(self, names: Collection[str], by_client: bool) -> None:
         self._judge.look(self._now_s())
         for name in names:
-            request = self._requests.pop(name, None)
-            if request is not None:
+            request = self._requests.get(name)
+            if request is not None and request.status.name.startswith("FINISHED"):
+                del self._requests[name]
                 self._prefilling.discard(name)
                 self._judge_end(request, by_client)
         self._publish()

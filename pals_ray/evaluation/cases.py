@@ -20,15 +20,7 @@ from pals_ray.control.budget.signal_following import Following
 from pals_ray.control.snapshot import Overhead
 from pals_ray.models.physics.roofline import Workload
 from pals_ray.models.specs import Parallelism, find_gpu, find_model
-from pals_ray.simulation.setting import (
-    AgentSilent,
-    Failure,
-    ManagerDown,
-    NodeDeath,
-    SimFleet,
-    SimModel,
-    SimNode,
-)
+from pals_ray.simulation.setting import Failure, SimFleet, SimModel, SimNode
 from pals_ray.simulation.traces import (
     Trace,
     bursts,
@@ -160,7 +152,7 @@ def fleet_of(scenario: Scenario, spec: FleetSpec, limits: str, lengths: Trace) -
         )
         for model in spec.models
     )
-    return SimFleet(tuple(_nodes(scenario, spec)), models, tuple(domain.domain() for domain in spec.domains))
+    return SimFleet(tuple(_nodes(scenario, spec)), models, spec.domains)
 
 
 def step_tokens(gpu: str) -> int:
@@ -221,14 +213,7 @@ def requests_for(
 
 def failures_of(specs: tuple[FailureSpec, ...]) -> tuple[Failure, ...]:
     """The simulator's failures; their times count from the end of the warm-up."""
-    out: list[Failure] = []
-    for spec in specs:
-        at_s, for_s, who = WARM_UP_S + spec.at_s, spec.for_s or 0.0, spec.who or ""
-        if spec.kind == "manager_down":
-            out.append(ManagerDown(at_s, for_s))
-        else:
-            out.append(AgentSilent(who, at_s, for_s) if spec.kind == "agent_silent" else NodeDeath(who, at_s))
-    return tuple(out)
+    return tuple(Failure(spec.kind, WARM_UP_S + spec.at_s, spec.for_s or 0.0, spec.who or "") for spec in specs)
 
 
 def budget_of(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from rich.box import SIMPLE
 from rich.table import Table
 
-from pals_ray.plots.tables import Json, percent, table
+from pals_ray.plots.tables import Json, percent, seconds, table
 from pals_ray.simulation.results.figures import PALS_UNDER_TARGET
 
 
@@ -29,43 +29,39 @@ def precise(value: float | None) -> str:
     return percent(value, "z.2f")
 
 
-def _seconds(value: float) -> str:
-    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s"
-
-
-#: A figure of every policy: its name in a summary, its title, and how it is written.
-ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("tokens_per_joule", "tokens/J, node", "{:.3f}".format),
-    ("tokens_per_joule_gpu", "tokens/J, GPU", "{:.3f}".format),
-    ("gain_over_static", "gain over static, node", gain),
-    ("gain_over_static_gpu", "gain over static, GPU", gain),
-    ("gain_over_static_counted", "counted gain, node", gain),
-    ("gain_over_static_gpu_counted", "counted gain, GPU", gain),
-    ("share_of_oracle_gain", "counted gain / oracle's", percent),
-    ("attainment", "attainment", precise),
-    ("late_rate", "late requests", precise),
-    ("under_target_rate", "intervals under target", percent),
-    *((key, f"time under target, {seconds:g} s", percent) for key, seconds in PALS_UNDER_TARGET.items()),
-    ("tokens_per_s", "tokens/s", "{:.0f}".format),
-    ("goodput_tokens_per_s", "goodput, tokens/s", "{:.0f}".format),
-    ("goodput_tokens_per_joule", "goodput, tokens/J, node", "{:.3f}".format),
-    ("ttft_p50_s", "TTFT p50", _seconds),
-    ("ttft_p99_s", "TTFT p99", _seconds),
-    ("itl_p50_s", "ITL p50", _seconds),
-    ("itl_p99_s", "ITL p99", _seconds),
-    ("tracking_error", "relative tracking error", percent),
-    ("aqa_error", "AQA error", "{:.3f}".format),
-    ("pjm_score", "PJM score", "{:.3f}".format),
-    ("precision", "precision", "{:.3f}".format),
-    ("over_budget_s", "drawn over budget, worst case", "{:.1f} s".format),
-    ("over_budget_max_w", "over budget by, worst", "{:.0f} W".format),
-    ("settle_s", "settling after a cut, longest", "{:.2f} s".format),
-    ("settle_over_w", "over during it, most", "{:.0f} W".format),
-    ("stranded_w", "stranded", "{:.0f} W".format),
-    ("binding_share", "caps bind", percent),
-    ("decisions_per_min", "decisions/min, replica", "{:.1f}".format),
-    ("cap_changes_per_min", "cap changes/min, replica", "{:.1f}".format),
-)
+#: A figure of every policy by its name in a summary: its title, and how it is written.
+FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "tokens_per_joule": ("tokens/J, node", "{:.3f}".format),
+    "tokens_per_joule_gpu": ("tokens/J, GPU", "{:.3f}".format),
+    "gain_over_static": ("gain over static, node", gain),
+    "gain_over_static_gpu": ("gain over static, GPU", gain),
+    "gain_over_static_counted": ("counted gain, node", gain),
+    "gain_over_static_gpu_counted": ("counted gain, GPU", gain),
+    "share_of_oracle_gain": ("counted gain / oracle's", percent),
+    "attainment": ("attainment", precise),
+    "late_rate": ("late requests", precise),
+    "under_target_rate": ("intervals under target", percent),
+    **{key: (f"time under target, {length_s:g} s", percent) for key, length_s in PALS_UNDER_TARGET.items()},
+    "tokens_per_s": ("tokens/s", "{:.0f}".format),
+    "goodput_tokens_per_s": ("goodput, tokens/s", "{:.0f}".format),
+    "goodput_tokens_per_joule": ("goodput, tokens/J, node", "{:.3f}".format),
+    "ttft_p50_s": ("TTFT p50", seconds),
+    "ttft_p99_s": ("TTFT p99", seconds),
+    "itl_p50_s": ("ITL p50", seconds),
+    "itl_p99_s": ("ITL p99", seconds),
+    "tracking_error": ("relative tracking error", percent),
+    "aqa_error": ("AQA error", "{:.3f}".format),
+    "pjm_score": ("PJM score", "{:.3f}".format),
+    "precision": ("precision", "{:.3f}".format),
+    "over_budget_s": ("drawn over budget, worst case", "{:.1f} s".format),
+    "over_budget_max_w": ("over budget by, worst", "{:.0f} W".format),
+    "settle_s": ("settling after a cut, longest", "{:.2f} s".format),
+    "settle_over_w": ("over during it, most", "{:.0f} W".format),
+    "stranded_w": ("stranded", "{:.0f} W".format),
+    "binding_share": ("caps bind", percent),
+    "decisions_per_min": ("decisions/min, replica", "{:.1f}".format),
+    "cap_changes_per_min": ("cap changes/min, replica", "{:.1f}".format),
+}
 
 
 #: The same of parts of a fleet, where it has several.
@@ -79,7 +75,7 @@ PARTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 def policy_rows(policies: Json) -> list[tuple[str, ...]]:
     """(title, a cell for each policy) of every figure that any policy has."""
     out = []
-    for key, title, write in ROWS:
+    for key, (title, write) in FIGURES.items():
         values = [entry.get(key) for entry in policies.values()]
         if any(value is not None for value in values):
             out.append((title, *("-" if value is None else write(value) for value in values)))

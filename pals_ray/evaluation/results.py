@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from pals_ray.evaluation.cases import WARM_UP_S
+from pals_ray.evaluation.policy_tables import FIGURES
 from pals_ray.evaluation.runs import CaseRuns, Run, pooled_attainment
 from pals_ray.plots.tables import Json
 from pals_ray.simulation.results.figures import (
-    PALS_UNDER_TARGET,
-    REGULATION_FIGURES,
     counts_as_gain,
     estimate,
     estimates,
@@ -148,28 +147,6 @@ def _points(result: RunResult) -> dict[str, list[tuple[float, int, float]]]:
 
 #: The worst case of these says more than a mean does.
 WORST_CASE = ("over_budget_s", "over_budget_max_w", "settle_s", "settle_over_w")
-#: Of a summary: the figures of every policy, in the order of tables.
-SUMMARY_FIGURES = (
-    "tokens_per_joule",
-    "tokens_per_joule_gpu",
-    "tokens_per_s",
-    "goodput_tokens_per_s",
-    "goodput_tokens_per_joule",
-    "attainment",
-    "late_rate",
-    "under_target_rate",
-    *PALS_UNDER_TARGET,
-    "ttft_p50_s",
-    "ttft_p99_s",
-    "itl_p50_s",
-    "itl_p99_s",
-    *REGULATION_FIGURES,
-    *WORST_CASE,
-    "stranded_w",
-    "binding_share",
-    "decisions_per_min",
-    "cap_changes_per_min",
-)
 
 
 def summary(scenario: str, cases: Sequence[Json]) -> Json:
@@ -196,7 +173,7 @@ def shown(found: Json) -> Json:
         for name, entry in case["policies"].items():
             gains = {key: entry[key]["mean"] for key in ("gain_over_static", "gain_over_static_gpu")}
             policies[name] = {
-                **{key: entry["figures"][key] for key in SUMMARY_FIGURES},
+                **{key: value for key, value in entry["figures"].items() if key in FIGURES},
                 **gains,
                 **{key: entry[key] for key in ("share_of_oracle_gain", "pooled_attainment", "counts")},
             }
@@ -207,7 +184,7 @@ def shown(found: Json) -> Json:
 
 def _summed(cases: Sequence[Json], name: str) -> Json:
     entries = [case["policies"][name] for case in cases]
-    found: Json = means([{key: entry["figures"][key] for key in SUMMARY_FIGURES} for entry in entries])
+    found: Json = means([{key: v for key, v in entry["figures"].items() if key in FIGURES} for entry in entries])
     for key in ("gain_over_static", "gain_over_static_gpu"):
         found[key] = math.fsum(entry[key]["mean"] for entry in entries) / len(entries)
         counted = [entry[key]["mean"] if entry["counts"] else 0.0 for entry in entries]

@@ -10,11 +10,10 @@ from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pals_ray.config.reader import ConfigError, explain
+from pals_ray.config.reader import ConfigError, check
 from pals_ray.config.scenario import Scenario, find_scenario, load_scenario
 from pals_ray.errors import PalsError
 from pals_ray.evaluation.cache import Job, run_jobs
@@ -47,10 +46,7 @@ def plan_scenario(
     path = find_scenario(name)
     spec = load_scenario(path)
     if policies:
-        try:
-            spec = Scenario.model_validate({**spec.model_dump(), "policies": tuple(policies)})
-        except ValidationError as error:
-            raise ConfigError(f"--policy cannot be used:\n{explain(error)}") from error
+        spec = check(Scenario, {**spec.model_dump(), "policies": tuple(policies)}, "--policy cannot be used")
     lengths = read_lengths(spec, path.parent, sample_trace)
     every = cases_of(spec)
     cases = [case for case in every if only is None or only in case.name]

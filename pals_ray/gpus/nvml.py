@@ -8,24 +8,7 @@ from functools import cached_property, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pynvml
-from pynvml import (
-    NVML_DEVICE_MIG_ENABLE,
-    NVML_ERROR_DRIVER_NOT_LOADED,
-    NVML_ERROR_FUNCTION_NOT_FOUND,
-    NVML_ERROR_GPU_IS_LOST,
-    NVML_ERROR_GPU_NOT_FOUND,
-    NVML_ERROR_INVALID_ARGUMENT,
-    NVML_ERROR_LIBRARY_NOT_FOUND,
-    NVML_ERROR_NO_PERMISSION,
-    NVML_ERROR_NOT_FOUND,
-    NVML_ERROR_NOT_SUPPORTED,
-    NVML_ERROR_RESET_REQUIRED,
-    NVML_ERROR_UNINITIALIZED,
-    NVML_FI_DEV_POWER_INSTANT,
-    NVML_SUCCESS,
-    NVMLError,
-    nvmlClocksEventReasonSwPowerCap,
-)
+from pynvml import NVMLError
 
 from pals_ray.gpus.gpu_protocol import (
     GpuDriverMissingError,
@@ -37,7 +20,6 @@ from pals_ray.gpus.gpu_protocol import (
     checked_limit_mw,
     permission_help,
 )
-from pals_ray.models.specs import UnknownSpecError, find_gpu
 from pals_ray.types import GpuInfo, GpuState, Provenance
 
 logger = logging.getLogger(__name__)
@@ -46,13 +28,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 _Method = Callable[Concatenate["NvmlGpu", P], T]
 
-_LOST = (NVML_ERROR_GPU_IS_LOST, NVML_ERROR_RESET_REQUIRED, NVML_ERROR_NOT_FOUND, NVML_ERROR_GPU_NOT_FOUND)
-_UNSUPPORTED = (NVML_ERROR_NOT_SUPPORTED, NVML_ERROR_FUNCTION_NOT_FOUND)
+_LOST = (
+    pynvml.NVML_ERROR_GPU_IS_LOST,
+    pynvml.NVML_ERROR_RESET_REQUIRED,
+    pynvml.NVML_ERROR_NOT_FOUND,
+    pynvml.NVML_ERROR_GPU_NOT_FOUND,
+)
+_UNSUPPORTED = (pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
 
 
 def _translated(error: NVMLError, action: str, uuid: str, invalid: type[GpuError] = GpuError) -> GpuError:
     """Our error for NVML's, with what was tried and what to do; for an invalid argument it is of type `invalid`."""
-    if error.value == NVML_ERROR_NO_PERMISSION:
+    if error.value == pynvml.NVML_ERROR_NO_PERMISSION:
         return GpuPermissionError(permission_help(action, uuid))
     if error.value in _LOST:
         return GpuLostError(
@@ -64,9 +51,9 @@ def _translated(error: NVMLError, action: str, uuid: str, invalid: type[GpuError
             f"GPU {uuid}: this device or its driver cannot {action} ({error}). "
             "pals-ray manages whole data-centre GPUs of the Volta generation or newer."
         )
-    if error.value == NVML_ERROR_UNINITIALIZED:
+    if error.value == pynvml.NVML_ERROR_UNINITIALIZED:
         return GpuError(f"GPU {uuid}: could not {action}: NVML is not open in this process (any more).")
-    kind = invalid if error.value == NVML_ERROR_INVALID_ARGUMENT else GpuError
+    kind = invalid if error.value == pynvml.NVML_ERROR_INVALID_ARGUMENT else GpuError
     return kind(f"GPU {uuid}: could not {action}: {error} (NVML code {error.value}). `nvidia-smi -q` may say more.")
 
 
@@ -103,17 +90,15 @@ class NvmlGpu:
     @cached_property
     @_maps_errors("read what it is and the range of its power limit")
     def info(self) -> GpuInfo:
-        """Identity and range. NVML does not know `idle_w`: it comes from our table of products, or is 0."""
+        """Identity and range, read once."""
         if self._mig_enabled():
             raise GpuUnsupportedError(_mig_message(self.uuid, "is divided into MIG slices"))
         min_mw, max_mw = pynvml.nvmlDeviceGetPowerManagementLimitConstraints(self._handle)
-        product = pynvml.nvmlDeviceGetName(self._handle)
         return GpuInfo(
             uuid=self.uuid,
-            product=product,
+            product=pynvml.nvmlDeviceGetName(self._handle),
             min_limit_w=min_mw / 1000,
             max_limit_w=max_mw / 1000,
-            idle_w=_idle_w(product),
             provenance=Provenance.MEASURED,
         )
 
@@ -124,7 +109,7 @@ class NvmlGpu:
             if error.value in _UNSUPPORTED:
                 return False
             raise
-        return bool(current == NVML_DEVICE_MIG_ENABLE)
+        return bool(current == pynvml.NVML_DEVICE_MIG_ENABLE)
 
     @_maps_errors("read the power limit in force")
     def limit_w(self) -> float:
@@ -147,7 +132,7 @@ class NvmlGpu:
         try:
             pynvml.nvmlDeviceSetPowerManagementLimit(self._handle, ordered_mw)
         except NVMLError as error:
-            if error.value == NVML_ERROR_NO_PERMISSION:
+            if error.value == pynvml.NVML_ERROR_NO_PERMISSION:
                 return False
             raise
         return True
@@ -163,14 +148,14 @@ class NvmlGpu:
                 return self._instant_power_w()
             except NVMLError as error:
                 # A driver older than the field answers that its number is an invalid argument.
-                if error.value not in (*_UNSUPPORTED, NVML_ERROR_INVALID_ARGUMENT):
+                if error.value not in (*_UNSUPPORTED, pynvml.NVML_ERROR_INVALID_ARGUMENT):
                     raise
                 self._has_instant_power = False
         return float(pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1000)
 
     def _instant_power_w(self) -> float:
-        (field,) = pynvml.nvmlDeviceGetFieldValues(self._handle, [NVML_FI_DEV_POWER_INSTANT])
-        if field.nvmlReturn != NVML_SUCCESS:
+        (field,) = pynvml.nvmlDeviceGetFieldValues(self._handle, [pynvml.NVML_FI_DEV_POWER_INSTANT])
+        if field.nvmlReturn != pynvml.NVML_SUCCESS:
             raise NVMLError(field.nvmlReturn)
         return float(field.value.uiVal / 1000)
 
@@ -180,7 +165,8 @@ class NvmlGpu:
 
     @_maps_errors("read why its clocks are held down")
     def cap_binding(self) -> bool:
-        return bool(pynvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle) & nvmlClocksEventReasonSwPowerCap)
+        reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle)
+        return bool(reasons & pynvml.nvmlClocksEventReasonSwPowerCap)
 
     def state(self) -> GpuState:
         """Three calls, one after another. `floor_w` is 0, since NVML does not know it."""
@@ -190,13 +176,6 @@ class NvmlGpu:
     def process_ids(self) -> Sequence[int]:
         """Compute processes, by the host's pids (a container with its own pid namespace sees other numbers)."""
         return tuple(sorted({p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)}))
-
-
-def _idle_w(product: str) -> float:
-    try:
-        return find_gpu(product).idle_bare_w
-    except UnknownSpecError:
-        return 0.0
 
 
 def _mig_message(uuid: str, what: str) -> str:
@@ -214,7 +193,7 @@ class NvmlDriver:
         try:
             pynvml.nvmlInit()
         except NVMLError as error:
-            if error.value in (NVML_ERROR_LIBRARY_NOT_FOUND, NVML_ERROR_DRIVER_NOT_LOADED):
+            if error.value in (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED):
                 raise GpuDriverMissingError(
                     f"No NVIDIA driver on this machine ({error}). Install one (`nvidia-smi` must list the GPUs), mount "
                     "it into the container, or use `hardware: virtual`."

@@ -9,8 +9,8 @@ from __future__ import annotations
 import mmap
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,8 @@ from pals_ray.models.specs import GpuSpec, find_gpu
 
 _FOLDER = Path("/dev/shm")
 _PREFIX = "pals-virtual-gpus-"
-_MAGIC = 0x50414C5347505532  # "PALSGPU2": change it with the layout
+_MAGIC = 0x50414C5347505533  # "PALSGPU3": change it with the layout
 _LOCK_TIMEOUT_S = 10.0
-
-#: Anchors of the energy trail, for the 1 s average; at least 10 ms apart, so they span more than 1 s.
-TRAIL_LENGTH = 128
 
 
 def _latch(fields: int) -> np.dtype[Any]:
@@ -46,8 +43,7 @@ _GPU = np.dtype(
         ("call_delay_s", np.float64),
         ("cap", _latch(4)),  # ordered, out-of-band (inf: none), cap in effect before the last change, time of it
         ("claim", _latch(2)),  # pid, start ticks; 0, 0: free
-        ("load", _latch(7)),  # fields of virtual_load.Load
-        ("trail", np.float64, (TRAIL_LENGTH, 2)),  # s, J
+        ("load", _latch(6)),  # fields of virtual_load.Load
     ]
 )
 
@@ -130,7 +126,7 @@ class VirtualBlock:
         gpus: NDArray[Any] = np.ndarray((int(header["num_gpus"][0]),), _GPU, memory, offset=_HEADER.itemsize)
         return cls(key, find_gpu(header["spec"][0].decode()), gpus)
 
-    def locked(self) -> AbstractContextManager[None]:
+    def locked(self) -> AbstractContextManager[Any]:
         """Exclude all other writers of the node; a thread may enter again. Raises `GpuError` if it takes too long."""
         return _held(self._lock)
 
@@ -146,19 +142,15 @@ def gpu_block_path(key: str) -> Path:
     return _FOLDER / (_PREFIX + key)
 
 
-@contextmanager
-def _held(lock: FileLock) -> Iterator[None]:
+def _held(lock: FileLock) -> AbstractContextManager[Any]:
+    """The lock, taken now, to be released at the end of the `with` that it is used in."""
     try:
-        lock.acquire(timeout=_LOCK_TIMEOUT_S)
+        return lock.acquire(timeout=_LOCK_TIMEOUT_S)
     except Timeout as error:
         raise GpuError(
             f"{lock.lock_file} was not free within {_LOCK_TIMEOUT_S:g} s, though it is held for microseconds: the "
             f"process that holds it must be stopped (`fuser {lock.lock_file}` names it)."
         ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def lock_path(key: str) -> Path:
@@ -185,8 +177,7 @@ def _create(key: str, spec: GpuSpec, count: int, now_s: float) -> None:
     limit_w = spec.default_limit_w
     gpus["cap"]["slots"][:, 0] = (limit_w, np.inf, limit_w, now_s)
     # No step has run yet, and no process holds a context.
-    gpus["load"]["slots"][:, 0] = (0.0, now_s, now_s, spec.idle_bare_w, spec.idle_bare_w, 0.0, 1.0)
-    gpus["trail"][:] = (now_s, 0.0)
+    gpus["load"]["slots"][:, 0] = (0.0, now_s, now_s, spec.idle_bare_w, spec.idle_bare_w, 0.0)
     made = gpu_block_path(key).with_name(f"{gpu_block_path(key).name}.{os.getpid()}")
     made.write_bytes(header.tobytes() + gpus.tobytes())
     made.replace(gpu_block_path(key))

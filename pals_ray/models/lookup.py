@@ -20,23 +20,19 @@ _BATCH_KNOTS_PER_OCTAVE = 4
 
 @dataclass(frozen=True, slots=True)
 class FitReport:
-    """How a fit went: rows used, parameters found, what stayed at the prior, and rows that lost weight."""
+    """How a fit went: parameters found, what stayed at the prior, and rows that lost weight."""
 
-    rows: int
     values: dict[str, float]
     undetermined: tuple[str, ...]
     outliers: tuple[tuple[float, int], ...]
 
     def notes(self) -> tuple[str, ...]:
         """Sentences for an operator; none if all is well."""
-        unknown = "not determined by these samples (prior kept): " + "; ".join(self.undetermined)
-        return (
-            *([unknown] if self.undetermined else []),
-            *(
-                f"sample at {cap:g} W, batch {batch} contradicts the others: weighed down"
-                for cap, batch in self.outliers
-            ),
+        unknown = f"not determined by these samples (prior kept): {'; '.join(self.undetermined)}"
+        bad = (
+            f"sample at {cap:g} W, batch {batch} contradicts the others: weighed down" for cap, batch in self.outliers
         )
+        return (*([unknown] if self.undetermined else []), *bad)
 
 
 class SurfaceModel:
@@ -97,7 +93,7 @@ def tabulated(
     caps_w, log2 = knots(min_limit_w, max_limit_w, np.log2(most_batch))
     values = np.stack(model.predict(caps_w[:, None], np.exp2(log2)[None, :]).floats(), axis=-1)
     values[..., :6] = np.log(values[..., :6])
-    return SurfaceModel(caps_w, log2, values, num_gpus, FitReport(0, {}, (), ()))
+    return SurfaceModel(caps_w, log2, values, num_gpus, FitReport({}, (), ()))
 
 
 def knots(low_w: float, high_w: float, top_log2: float) -> tuple[FloatArray, FloatArray]:

@@ -10,7 +10,7 @@ import json
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from pals_ray.errors import PalsError
 from pals_ray.models.fitting.fitted_surface import fit_surface
@@ -29,10 +29,8 @@ class ProfileError(PalsError):
     """A profile file that cannot be used: says what is wrong with it and what would do."""
 
 
-class ProfileSample(BaseModel):
+class ProfileSample(BaseModel, extra="forbid", frozen=True):
     """One measured point; `power_w` is the whole replica's, `power_cap_w` one GPU's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     power_cap_w: _Positive
     batch_limit: Annotated[int, Field(ge=1)]
@@ -46,23 +44,19 @@ class ProfileSample(BaseModel):
     measured_at: str | None = None
 
 
-class ProfileFit(BaseModel):
+class ProfileFit(BaseModel, extra="forbid", frozen=True):
     """What the fit found, in the unbounded coordinates of `pals_ray.models.fitting.form`, and what it could not."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     parameters: dict[str, float]
     undetermined: tuple[str, ...] = ()
 
 
-class Profile(BaseModel):
+class Profile(BaseModel, extra="forbid", frozen=True):
     """A replica's measurements, in wall time: on virtual GPUs those of the slowed device, as the controller sees them.
 
     `time_scale` is that of the virtual GPUs (1 for real ones), `prompt_tokens` and `output_tokens` what the requests of
     the load looked like on average, where that is known.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[2] = 2
     model: str

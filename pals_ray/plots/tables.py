@@ -60,3 +60,10 @@ def replace_between(file: Path, begin: str, end: str, text: str) -> None:
 def percent(value: float | None, form: str = "z.1f") -> str:
     """A fraction in percent, "-" where there is none."""
     return "-" if value is None else f"{100 * value:{form}} %"
+
+
+def seconds(value: float | None) -> str:
+    """A latency in ms, or in s from 1 s on; "-" where there is none."""
+    if value is None:
+        return "-"
+    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s"

@@ -37,19 +37,11 @@ class Samples:
         rows = []
         for i, engine in enumerate(self._engines):
             engine.read(now_s)
-            energy_j, tokens, binding_s = self._last[i]
-            rows.append(
-                (
-                    (engine.energy_j - energy_j) / interval_s,
-                    engine.cap.ordered_w,
-                    engine.batch_limit,
-                    engine.running,
-                    engine.queued,
-                    (engine.generated - tokens) / interval_s,
-                    (engine.binding_s - binding_s) / interval_s,
-                )
-            )
-            self._last[i] = (engine.energy_j, engine.generated, engine.binding_s)
+            counted, before = (engine.energy_j, engine.generated, engine.binding_s), self._last[i]
+            power_w, tokens_per_s, binding = ((n - b) / interval_s for n, b in zip(counted, before, strict=True))
+            state = (engine.cap.ordered_w, engine.batch_limit, engine.running, engine.queued)
+            rows.append((power_w, *state, tokens_per_s, binding))
+            self._last[i] = counted
         for name, column in zip(self.NAMES, zip(*rows, strict=True), strict=True):
             self.series[name][:, k] = column
 

@@ -23,15 +23,7 @@ from pals_ray.simulation.clock import Events, Network
 from pals_ray.simulation.fleet import Fleet, Placed, build, node_info
 from pals_ray.simulation.manager import Manager
 from pals_ray.simulation.recorder import BudgetRecord, Samples
-from pals_ray.simulation.setting import (
-    AgentSilent,
-    Failure,
-    ManagerDown,
-    NodeDeath,
-    Offered,
-    SimSetting,
-    SimulationError,
-)
+from pals_ray.simulation.setting import Failure, Offered, SimSetting, SimulationError
 
 #: After the end it is looked so often whether all requests are judged, s.
 _FOLLOW_STEP_S = 10.0
@@ -162,18 +154,18 @@ class Run:
     # -- failures --------------------------------------------------------------------------------------------------
 
     def _plan(self, failure: Failure) -> None:
-        if isinstance(failure, AgentSilent):
-            if failure.replica_id not in {p.spec.replica_id for p in self.fleet.placed}:
-                raise SimulationError(f"no replica {failure.replica_id!r} that could be silent")
-            self.events.at(failure.at_s, partial(self._silence, failure.replica_id, True))
-            self.events.at(failure.at_s + failure.for_s, partial(self._silence, failure.replica_id, False))
-        elif isinstance(failure, ManagerDown):
+        if failure.kind == "agent_silent":
+            if failure.who not in {p.spec.replica_id for p in self.fleet.placed}:
+                raise SimulationError(f"no replica {failure.who!r} that could be silent")
+            self.events.at(failure.at_s, partial(self._silence, failure.who, True))
+            self.events.at(failure.at_s + failure.for_s, partial(self._silence, failure.who, False))
+        elif failure.kind == "manager_down":
             self.events.at(failure.at_s, self._lose_manager)
             self.events.at(failure.at_s + failure.for_s, self._replace_manager)
         else:
-            if failure.node not in self.fleet.nodes:
-                raise SimulationError(f"no node {failure.node!r} that could die")
-            self.events.at(failure.at_s, partial(self._kill, failure))
+            if failure.who not in self.fleet.nodes:
+                raise SimulationError(f"no node {failure.who!r} that could die")
+            self.events.at(failure.at_s, partial(self._kill, failure.who))
 
     def _silence(self, replica_id: str, silent: bool, _now_s: float) -> None:
         agent = self.agents.get(replica_id)
@@ -188,12 +180,12 @@ class Run:
         if self.managers:
             self._new_manager(now_s).run(now_s)
 
-    def _kill(self, death: NodeDeath, now_s: float) -> None:
-        self.died_s[death.node] = now_s
+    def _kill(self, node: str, now_s: float) -> None:
+        self.died_s[node] = now_s
         for placed in self.fleet.placed:
-            if placed.node.name == death.node:
+            if placed.node.name == node:
                 if agent := self.agents.get(placed.spec.replica_id):
                     agent.silent = agent.dead = True
                 self.fleet.routers[placed.model.name].lose(placed.engine, now_s)
         if self.managers:
-            self.events.at(now_s + SILENT_S, lambda _: self.managers[-1].core.node_lost(death.node))
+            self.events.at(now_s + SILENT_S, lambda _: self.managers[-1].core.node_lost(node))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 from pals_ray.control.budget.moving_budget import BudgetPlan
 from pals_ray.control.ledger.feasible_charges import LedgerConfig
@@ -89,32 +90,22 @@ class SimNode:
     dies: tuple[float, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AgentSilent:
-    """A replica's agent neither sends nor receives from `at_s` for `for_s`; its lease goes on running."""
-
-    replica_id: str
-    at_s: float
-    for_s: float
+FailureKind = Literal["agent_silent", "manager_down", "node_death"]
 
 
 @dataclass(frozen=True, slots=True)
-class ManagerDown:
-    """The manager is gone from `at_s` for `for_s`; a new one then rebuilds from what the old one wrote down."""
+class Failure:
+    """What fails at `at_s`, for `for_s` unless it is a node, which is gone to the end.
 
+    The agent of the replica `who` neither sends nor receives; its lease goes on running. The manager is gone; a new one
+    then rebuilds from what the old one wrote down. The requests of the node `who` begin anew elsewhere, and its GPUs
+    draw nothing.
+    """
+
+    kind: FailureKind
     at_s: float
-    for_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class NodeDeath:
-    """A node is gone from `at_s` to the end: its replicas' requests begin anew elsewhere, its GPUs draw nothing."""
-
-    node: str
-    at_s: float
-
-
-Failure = AgentSilent | ManagerDown | NodeDeath
+    for_s: float = 0.0
+    who: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from pals_ray.engine.control_block import ControlBlock, RecordWriter
 from pals_ray.errors import PalsError
@@ -37,10 +37,8 @@ class PacingError(PalsError):
     """A paced worker without the configuration it needs, or with a layout that the physics doesn't know."""
 
 
-class PacingConfig(BaseModel):
+class PacingConfig(BaseModel, extra="forbid", frozen=True):
     """What a rank must know: the node whose virtual GPUs it uses, the model it stands for, and the time scale."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     node_key: str
     stands_for: str

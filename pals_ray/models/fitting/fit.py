@@ -100,9 +100,9 @@ class Posterior:
     def _solve(self) -> None:
         n = self._count
         theta = self._mean.copy()
-        noise = np.concatenate([np.full(n, THROUGHPUT_NOISE), np.full(n, POWER_NOISE)])
+        noise = np.repeat([THROUGHPUT_NOISE, POWER_NOISE], n)
         inflation = np.ones(2 * n)
-        limit = np.concatenate([np.full(n, _THROUGHPUT_OUTLIER_STDS), np.full(n, _POWER_OUTLIER_STDS)])
+        limit = np.repeat([_THROUGHPUT_OUTLIER_STDS, _POWER_OUTLIER_STDS], n)
         design = self._design(self._log2)
         for last in [False] * (_PASSES - 1) + [True]:
             depth = self._shape(theta, self._cap, self._log2, design).log_depth
@@ -164,13 +164,11 @@ class Posterior:
         cap, log2 = np.asarray(cap_w, dtype=np.float64), np.log2(np.asarray(batch, dtype=np.float64))
         m = len(cap)
         _, whitened, slopes, by_draw, design = self._linear(cap, log2)
-        prior = np.concatenate(
-            [np.full(m, _THROUGHPUT_BY_BATCH**2 + _THROUGHPUT_BY_CAP**2), np.full(m, _POWER_BY_CAP**2)]
-        )
+        prior = np.repeat([_THROUGHPUT_BY_BATCH**2 + _THROUGHPUT_BY_CAP**2, _POWER_BY_CAP**2], m)
         variance = prior - np.sum(whitened**2, axis=0)
         variance += np.einsum("ij,jk,ik->i", slopes, self._theta_covariance, slopes, optimize=True)
         draw_left = np.maximum(_DRAW_BY_BATCH**2 - np.sum(design**2, axis=1), 0.0)
-        variance += by_draw**2 * np.concatenate([draw_left, draw_left])
+        variance += by_draw**2 * np.tile(draw_left, 2)
         std = np.sqrt(np.maximum(variance, 0.0))
         return std[:m], std[m:]
 

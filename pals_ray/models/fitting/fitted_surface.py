@@ -50,7 +50,7 @@ def fit_surface(
     stds = posterior.predictive_std_logs(cap_grid, batch_grid)
     fields = np.stack([throughput, power + np.log(table.num_gpus), *latencies, *stds], axis=-1).reshape(*grid, -1)
     outliers = tuple((float(table.cap_w[i]), int(table.batch[i])) for i in posterior.outliers())
-    report = FitReport(len(table), posterior.values(), posterior.undetermined(), outliers)
+    report = FitReport(posterior.values(), posterior.undetermined(), outliers)
     return SurfaceModel(caps, batches, fields, table.num_gpus, report)
 
 

@@ -117,15 +117,13 @@ class Form:
         exponent, corner = np.exp(log_n), np.exp(log_corner)
         room_w = cap_w * np.exp(margin) - static_w
         compute = _sigmoid(share + share_slope * along)
-        log_floor = -np.logaddexp(0.0, -floor)
+        floor_depth = -_FLOOR_POWER * np.logaddexp(0.0, -floor)
 
         def phase(draw_w: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
             """Dynamic draw under the cap, slowdown of the step and of its compute alone."""
             depth = np.log(_SOFT_ZERO) + _log_softplus(room_w / draw_w / _SOFT_ZERO)
             depth = -np.logaddexp(0.0, -corner * depth) / corner
-            depth = np.logaddexp(_FLOOR_POWER * depth, _FLOOR_POWER * log_floor) - np.logaddexp(
-                0.0, _FLOOR_POWER * log_floor
-            )
+            depth = np.logaddexp(_FLOOR_POWER * depth, floor_depth) - np.logaddexp(0.0, floor_depth)
             depth = depth / _FLOOR_POWER
             clock = np.exp(depth / exponent)
             fabric = (1.0 + (_FABRIC_KNEE / clock) ** _FABRIC_SHARPNESS) / (1.0 + _FABRIC_KNEE**_FABRIC_SHARPNESS)

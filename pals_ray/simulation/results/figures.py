@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from pals_ray.control.budget.moving_budget import FollowedSignal
 from pals_ray.control.budget.regulation import FloatArray, sample_means, score
 from pals_ray.control.slo import INTERVAL_S, SERVED, BoolArray
 from pals_ray.simulation.results.run_result import ModelResult, RunResult, quantile_s
+
+T = TypeVar("T")
 
 CONFIDENCE = 0.95
 #: QoS violations as PALS counts them: the time in which a model's tokens/s, as means over so long, s, are under target.
@@ -34,7 +36,6 @@ class Estimate:
 
     mean: float
     half_width: float | None
-    n: int
 
 
 def figures(result: RunResult, since_s: float = 0.0, followed: FollowedSignal | None = None) -> Figures:
@@ -171,25 +172,24 @@ def estimate(values: Sequence[float]) -> Estimate:
     n = len(values)
     mean = fmean(values)
     if n < 2:
-        return Estimate(mean, None, n)
+        return Estimate(mean, None)
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    return Estimate(mean, float(student_t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n), n)
+    return Estimate(mean, float(student_t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n))
 
 
 def estimates(runs: Sequence[Figures]) -> dict[str, Estimate | None]:
     """Each figure over runs of several seeds; None where any run has nothing to say of it."""
-    columns = _columns(runs)
-    return {name: None if any(v is None for v in column) else estimate(column) for name, column in columns.items()}
+    return _of_each(estimate, runs)
 
 
 def means(values: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """The plain mean of each entry over several mappings of the same keys; None where any is None."""
-    columns = _columns(values)
-    return {key: None if any(v is None for v in column) else fmean(column) for key, column in columns.items()}
+    return _of_each(fmean, values)
 
 
-def _columns(values: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    return {key: [one[key] for one in values] for key in (values[0] if values else ())}
+def _of_each(found: Callable[[list[float]], T], values: Sequence[Mapping[str, Any]]) -> dict[str, T | None]:
+    columns = {key: [one[key] for one in values] for key in (values[0] if values else ())}
+    return {key: None if any(v is None for v in column) else found(column) for key, column in columns.items()}
 
 
 def _service(models: Sequence[ModelResult], result: RunResult, since_s: float) -> Figures:

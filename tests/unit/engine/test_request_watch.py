@@ -219,6 +219,16 @@ def test_what_is_unknown_or_was_judged_changes_nothing(engine):
     assert (engine.said().arrived, engine.said().verdicts) == (1, Verdicts(good=1, good_tokens=1))
 
 
+def test_a_request_of_a_name_that_has_just_ended_is_another_one(engine):
+    first = engine.comes("a")
+    engine.step(0.5, [first], [first], [first])
+    second = engine.comes("a")
+    engine.watch.ended({"a"})
+    assert engine.said().verdicts.judged == 1
+    engine.step(0.6, [second], [second], [second])
+    assert engine.said().verdicts == Verdicts(good=2, good_tokens=2)
+
+
 def test_the_counts_are_written_as_one_record_and_only_when_they_change(engine):
     sequence = engine.block.field("judge_sequence")
     before = sequence.item(0)

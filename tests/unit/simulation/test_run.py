@@ -19,14 +19,7 @@ from pals_ray.control.budget.signal_following import Following
 from pals_ray.control.snapshot import Overhead
 from pals_ray.errors import InfeasibleBudget
 from pals_ray.simulation.run import Run
-from pals_ray.simulation.setting import (
-    AgentSilent,
-    ManagerDown,
-    Messages,
-    NodeDeath,
-    SimNode,
-    SimulationError,
-)
+from pals_ray.simulation.setting import Failure, Messages, SimNode, SimulationError
 from pals_ray.simulation.simulate import collect, simulate
 from pals_ray.simulation.traces import Trace
 from pals_ray.types import OperatingPoint, Slo, Target
@@ -178,7 +171,10 @@ def test_with_few_requests_the_controller_saves_watts_and_still_serves_them():
 
 def test_a_silent_agent_goes_to_its_fail_safe_cap_and_comes_back():
     setting = fleet_setting(
-        policy=static.allocate, duration_s=40.0, failures=(AgentSilent("m#0", 10.0, 15.0),), fail_safe_cap_w=150.0
+        policy=static.allocate,
+        duration_s=40.0,
+        failures=(Failure("agent_silent", 10.0, 15.0, "m#0"),),
+        fail_safe_cap_w=150.0,
     )
     result = simulate(setting, {"m": poisson(10.0, 40.0, seed=2)})
     cap_w = result.replicas[0].cap_w
@@ -191,7 +187,7 @@ def test_a_silent_agent_goes_to_its_fail_safe_cap_and_comes_back():
 
 
 def test_a_new_manager_takes_over_and_divides_again_without_passing_the_budget():
-    setting = fleet_setting(replicas=3, duration_s=40.0, budget_w=800.0, failures=(ManagerDown(10.0, 3.0),))
+    setting = fleet_setting(replicas=3, duration_s=40.0, budget_w=800.0, failures=(Failure("manager_down", 10.0, 3.0),))
     result = simulate(setting, {"m": poisson(60.0, 40.0, seed=2)})
     assert result.charge_over_s == 0.0
     assert result.charge_w.max() <= 800.0
@@ -206,7 +202,7 @@ def test_when_a_node_dies_its_requests_are_served_elsewhere_and_its_watts_stop()
         setting,
         fleet=replace(setting.fleet, nodes=nodes),
         budget_w=1000.0,
-        failures=(NodeDeath("a", 20.0),),
+        failures=(Failure("node_death", 20.0, who="a"),),
     )
     offered = poisson(6.0, 30.0, seed=2)
     result = simulate(setting, {"m": offered})

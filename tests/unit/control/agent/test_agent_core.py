@@ -39,7 +39,7 @@ class Node:
     def __init__(self, may_set=True):
         self.core = AgentCore("r", "n", 2, ReplicaController(2))
         self.limits_w = {"g0": 400.0, "g1": 400.0, "free": 400.0}
-        info = GpuInfo("", "A100-SXM", 100.0, 400.0, 54.0, Provenance.MODELLED)
+        info = GpuInfo("", "A100-SXM", 100.0, 400.0, Provenance.MODELLED)
         self.core.managed = dict.fromkeys(self.limits_w, NodeGpu(info, 400.0, 0.0, may_set, ()))
         self.said = []
         self.batch_limit = self.latency_limits_s = None

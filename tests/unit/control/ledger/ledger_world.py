@@ -129,7 +129,7 @@ class Agent:
         self.clock_s = 0.0
         self.core = AgentCore(replica_id, host.node_id, num_gpus, ReplicaController(num_gpus))
         self.core.managed = {
-            uuid: NodeGpu(GpuInfo(uuid, "", d.min_w, d.max_w, 0.0, Provenance.MODELLED), d.limit_w, 0.0, True, ())
+            uuid: NodeGpu(GpuInfo(uuid, "", d.min_w, d.max_w, Provenance.MODELLED), d.limit_w, 0.0, True, ())
             for uuid, d in host.devices.items()
         }
         self.uuids: tuple[str, ...] = ()

@@ -66,7 +66,7 @@ def _devices(provenance=Provenance.MODELLED, may_set=True):
     limits_w = dict(zip(UUIDS, (200.0, 200.0, 100.0), strict=True))
 
     def device(uuid):
-        info = GpuInfo(uuid, "virtual A100-SXM", 100, 400, 54, provenance)
+        info = GpuInfo(uuid, "virtual A100-SXM", 100, 400, provenance)
         return Device("n", NodeGpu(info, 400, 0, may_set, ()), limits_w[uuid], drawn_w[uuid])
 
     return {uuid: device(uuid) for uuid in UUIDS}
