@@ -23,7 +23,7 @@ from pals_ray.evaluation.side_by_side import (
 )
 from pals_ray.simulation.fleet import build
 from pals_ray.simulation.setting import SimulationError
-from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry, OperatingPoint
+from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry, OperatingPoint, Verdicts
 
 #: The dense replica on the second GPU, the MoE on the first and the last.
 MEMBERS = (
@@ -53,7 +53,8 @@ def reading(time_s, tokens, energy_j, itl_s, count):
     """Counters of an engine all of whose tokens came `itl_s` apart."""
     counts = [0] * (len(LATENCY_EDGES_S) + 1)
     counts[next(i for i, edge_s in enumerate(LATENCY_EDGES_S) if itl_s <= edge_s)] = count
-    engine = EngineTelemetry(time_s, 4, 0, 0.1, 0, tokens, 0, 0, 4, 32, tuple(counts), tuple(counts))
+    histograms = {f"{name}_counts": tuple(counts) for name in ("ttft", "tpot", "itl")}
+    engine = EngineTelemetry(time_s, 4, 0, 0.1, 0, tokens, 0, 0, 4, 32, 0, Verdicts(), **histograms)
     return Reading(time_s, engine, energy_j, 200.0)
 
 
