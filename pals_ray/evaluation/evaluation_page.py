@@ -146,11 +146,14 @@ def _mean_gain(cases: Cases, policy: str) -> float:
 
 
 def _policies(cases: Cases) -> list[str]:
-    """Every figure of every policy, for each fleet."""
+    """Every figure of every policy, for each fleet and target."""
     lines = []
-    for fleet in dict.fromkeys(case["fleet"] for case in cases):
-        policies = summary("", [case for case in cases if case["fleet"] == fleet])["policies"]
-        lines += [f"{fleet}:", "", *markdown_table(["", *policies], policy_rows(policies))]
+    for fleet, target in dict.fromkeys((case["fleet"], case["target"]) for case in cases):
+        policies = summary("", [case for case in cases if (case["fleet"], case["target"]) == (fleet, target)])[
+            "policies"
+        ]
+        title = fleet if target is None else f"{fleet}, target {target:.0%}"
+        lines += [f"{title}:", "", *markdown_table(["", *policies], policy_rows(policies))]
     return lines
 
 
