@@ -124,8 +124,11 @@ def _learnt(state: ControllerState, seen: Situation, config: ControllerConfig) -
     since_s = (state.queue_since_s if state.queue_since_s is not None else now_s) if seen.telemetry.waiting else None
     demand = state.demand.after(seen.telemetry, dt_s)
     # Requests that came before demand was known were served at caps that nobody had chosen for them.
-    knows = demand.seen_s > RATE_LAG_S
-    slo = state.slo.after(seen.telemetry.verdicts, seen.target.slo, dt_s if knows else 0.0, servable=state.servable)
+    verdicts = seen.telemetry.verdicts
+    if demand.seen_s > RATE_LAG_S:
+        slo = state.slo.after(verdicts, seen.target.slo, dt_s, servable=state.servable)
+    else:
+        slo = replace(state.slo, seen=verdicts)
     return replace(state, last_s=now_s, step_s=dt_s, queue_since_s=since_s, demand=demand, slo=slo)
 
 

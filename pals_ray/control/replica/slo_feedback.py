@@ -53,7 +53,7 @@ class SloFeedback:
     def after(self, verdicts: Verdicts, slo: Slo, dt_s: float, *, servable: bool) -> SloFeedback:
         """Let `dt_s` pass with these verdicts since engine start. What no point could have served teaches nothing."""
         new = verdicts - self.seen if self.seen is not None else Verdicts()
-        if new.judged < 0 or not slo.judges or dt_s == 0.0:  # the engine began anew, or nothing is to be learnt
+        if new.judged < 0 or not slo.judges:  # the engine began anew, or nothing can be late
             return SloFeedback(self.strain, verdicts)
         short = self.short.after(new.late, new.judged, dt_s, SHORT * slo.window_s)
         long = self.long.after(new.late, new.judged, dt_s, slo.window_s)
