@@ -37,7 +37,7 @@ class Candidates:
     """One candidate per cap, (C,) each: its `batch_limit`, the sequences `running` then, and what comes of it.
 
     `score` is 1 where the targets are kept, and the smaller the worse the miss. `power_w` is GPU watts of the group,
-    `attainment` the predicted share of good requests.
+    `joules_per_token` what a token served takes at node level, `attainment` the predicted share of good requests.
     """
 
     cap_w: FloatArray
@@ -47,13 +47,15 @@ class Candidates:
     attainment: FloatArray
     score: FloatArray
     power_w: FloatArray
+    joules_per_token: FloatArray
 
     def best(self) -> int:
-        """Of those that keep the targets the one with the least watts; if none does, the least miss."""
+        """Of those that keep the targets the one with the fewest joules a token, which is that with the least watts
+        where all of them serve all that comes; if none does, the least miss."""
         keeps = self.score >= 1.0 - EPS
         if not keeps.any():
             keeps = self.score >= self.score.max() - 1e-3
-        return int(np.where(keeps, self.power_w, np.inf).argmin())
+        return int(np.where(keeps, self.joules_per_token, np.inf).argmin())
 
 
 def candidates(
@@ -78,15 +80,20 @@ def candidates(
     needed = wanted * state.need * (1.0 + config.margin)
     served = np.minimum(capacity / max(needed, EPS), 1.0) * drains * _pace(on, found.running, seen, wanted)
 
+    # Under a tokens/s target those that are not wanted are served all the same, as long as watts are well spent on them.
+    comes = found if share == 1.0 else attained(on, column, arrivals, slo)
+    node_w = seen.terms.overhead.charge_w(0.0, seen.terms.num_gpus, seen.terms.node_gpus)
+    node_w = node_w + (1.0 + seen.terms.overhead.b) * comes.power_w
     keeps = (found.attainment >= 1.0 - SPEND * (1.0 - slo.attainment)) & (served >= 1.0 - EPS) | (wanted == 0.0)
     return Candidates(
         cap_w=on.cap_w,
         batch_limit=on.batch[column],
-        running=found.running,
+        running=comes.running,
         capacity_tokens_per_s=capacity,
         attainment=found.attainment,
         score=np.where(keeps, 1.0, 0.999 * found.good_share * served),
-        power_w=found.power_w,
+        power_w=comes.power_w,
+        joules_per_token=node_w / np.maximum(np.minimum(capacity, arrivals.tokens_per_s), 1.0),
     )
 
 

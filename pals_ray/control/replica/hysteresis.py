@@ -16,7 +16,7 @@ def firm_cut(firm: Candidates, here: int) -> int:
     Otherwise noise would move the cap down and up again.
     """
     lower = np.flatnonzero(firm.score[:here] >= 1.0 - EPS)
-    return int(lower[firm.power_w[lower].argmin()]) if len(lower) else here
+    return int(lower[firm.joules_per_token[lower].argmin()]) if len(lower) else here
 
 
 def next_cap(
@@ -24,7 +24,7 @@ def next_cap(
 ) -> tuple[int, str]:
     """The candidate to take next on the way from `here` to `best`, within dwell and slew, and why."""
     gain = found.score[best] - found.score[here]
-    saving = 1.0 - found.power_w[best] / max(found.power_w[here], EPS)
+    saving = 1.0 - found.joules_per_token[best] / found.joules_per_token[here]
     resting = best < here and state.demand.per_s < SILENT_PER_S
     if best == here or (gain < config.least_gain and saving < config.least_saving and not resting):
         return here, "stays: nothing to gain"

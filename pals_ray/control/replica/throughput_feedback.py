@@ -26,7 +26,7 @@ def with_throughput(
     limit = state.point.batch_limit if state.point is not None else 0
     pid, need = pid_step(
         state.pid,
-        _error(predicted, seen, config) if queue else None,
+        _error(predicted, seen) if queue else None,
         seen.now_s,
         dt_s,
         config.gains,
@@ -37,18 +37,17 @@ def with_throughput(
     return replace(state, predicted_tokens_per_s=predicted, pid=pid, need=need)
 
 
-def _error(predicted: float, seen: Situation, config: ControllerConfig) -> float | None:
+def _error(predicted: float, seen: Situation) -> float | None:
     """1 - served / what was to be served while requests wait: the target, or the model's prediction if that is less.
 
-    Serving more than the target is an error too; serving more than was predicted is none (None).
+    Serving more than that is none (None).
     """
     target = seen.target.throughput_tokens_per_s
     aim = predicted if target is None else min(predicted, target)
     if aim <= 0:
         return None
     error = 1.0 - seen.telemetry.throughput_tokens_per_s / aim
-    targeted = target is not None and aim >= target * (1.0 - config.gains.dead_band)
-    return error if error > 0 or targeted else None
+    return error if error > 0 else None
 
 
 def pid_step(
