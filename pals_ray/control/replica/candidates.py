@@ -80,10 +80,10 @@ def candidates(
     needed = wanted * state.need * (1.0 + config.margin)
     served = np.minimum(capacity / max(needed, EPS), 1.0) * drains * _pace(on, found.running, seen, wanted)
 
-    # Under a tokens/s target those that are not wanted are served all the same, as long as watts are well spent on them.
+    # Tokens beyond a target are served all the same, as long as watts are well spent on them.
     comes = found if share == 1.0 else attained(on, column, arrivals, slo)
-    node_w = seen.terms.overhead.charge_w(0.0, seen.terms.num_gpus, seen.terms.node_gpus)
-    node_w = node_w + (1.0 + seen.terms.overhead.b) * comes.power_w
+    overhead, terms = seen.terms.overhead, seen.terms
+    node_w = (1.0 + overhead.b) * comes.power_w + overhead.charge_w(0.0, terms.num_gpus, terms.node_gpus)
     keeps = (found.attainment >= 1.0 - SPEND * (1.0 - slo.attainment)) & (served >= 1.0 - EPS) | (wanted == 0.0)
     return Candidates(
         cap_w=on.cap_w,
