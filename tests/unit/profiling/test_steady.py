@@ -5,7 +5,7 @@ import pytest
 
 from pals_ray.control.telemetry import Reading, between
 from pals_ray.profiling.steady import SteadyRule, first_tokens, steady_window
-from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry
+from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry, Verdicts
 
 RULE = SteadyRule(least_s=10, least_first_tokens=4, throughput_share=0.03, power_share=0.02)
 BUCKETS = len(LATENCY_EDGES_S) + 1
@@ -28,7 +28,10 @@ def readings(rate, power_w, seconds=30, requests_per_s=1.0, running=1, batch_lim
             0,
             batch_limit,
             8,
+            0,
+            Verdicts(),
             tuple(ttft),
+            (0,) * BUCKETS,
             (0,) * BUCKETS,
             10 * t,
             0,

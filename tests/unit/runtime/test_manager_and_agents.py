@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 
 from pals_ray.control.budget.schedule import Entry, Schedule
-from pals_ray.control.telemetry import RATE_S
 from pals_ray.engine.control_block import ControlBlock
 from pals_ray.gpus.driver_choice import HardwareSpec
 from pals_ray.gpus.virtual import VirtualDriver
@@ -337,13 +336,6 @@ async def test_targets_reach_the_agents_with_their_part_of_the_tokens(manager, a
         target = agent._core.controller.target
         assert (target.throughput_tokens_per_s, target.priority) == (50.0, 2)
     assert manager._core.record.targets["m"].priority == 2
-
-
-async def test_agents_look_at_latencies_for_as_long_as_replicas_serve_their_model(manager, agents):
-    manager._divide()
-    for agent in agents:
-        await agent.tell()
-        assert agent._core.window.recent_s == 2 * RATE_S
 
 
 async def test_a_schedules_change_while_the_fleet_stops_does_not_keep_the_manager_busy(tmp_path, ray_less):

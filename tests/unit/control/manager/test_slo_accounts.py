@@ -14,7 +14,7 @@ from pals_ray.types import GpuInfo, Provenance, ReplicaTelemetry, Slo, Target, V
 from tests.support.builders import StubModel
 
 TARGETS = {"chat": Target(Slo(ttft_s=1.0, tpot_s=0.2), throughput_tokens_per_s=100.0), "batch": Target(priority=1)}
-GPU = NodeGpu(GpuInfo("GPU-0", "A100", 100, 400, 54, Provenance.MODELLED), 400, 0, True, ())
+GPU = NodeGpu(GpuInfo("GPU-0", "A100", 100, 400, Provenance.MODELLED), 400, 0, True, ())
 
 
 def with_tally(member, verdicts, tokens=0, waiting=0):
