@@ -45,7 +45,8 @@ class GpuSpec:
     """One GPU type, from its datasheet.
 
     FLOP/s are dense tensor-core rates. `dense_fp8_flops_per_s` equals the 16-bit rate where the part has no FP8.
-    `nvlink_bytes_per_s` counts both directions, as datasheets do.
+    `nvlink_bytes_per_s` counts both directions, as datasheets do. `power_is_one_second_average` says what NVML's plain
+    power reading gives on this part.
     """
 
     name: str
@@ -61,6 +62,7 @@ class GpuSpec:
     min_sm_clock_mhz: float
     memory_bytes: float
     nvlink_bytes_per_s: float
+    power_is_one_second_average: bool
     source: str
 
 
