@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pals_ray.config.fleet import KnownGpu, KnownModel, Seconds, TargetConfig
+from pals_ray.config.fleet import DomainConfig, KnownGpu, KnownModel, OverheadConfig, Seconds, TargetConfig, Watts
 from pals_ray.config.reader import ConfigError, StrictModel, check_mapping, read_content
-from pals_ray.control.snapshot import Domain, Overhead, Watts
 from pals_ray.simulation.setting import FailureKind
 
 #: The scenarios that come with pals-ray, in the checkout's top folder.
@@ -31,14 +29,13 @@ POLICIES = (
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CitedOverhead(Overhead):
+class CitedOverhead(OverheadConfig):
     """Node watts beside the GPUs', `a_w + b * GPU watts`, of one server with `gpus` GPUs, and which one that is.
 
     A node with more or fewer GPUs has `a_w` in proportion.
     """
 
-    gpus: Annotated[int, Field(ge=1, le=16)] = 4
+    gpus: int = Field(4, ge=1, le=16)
     source: str
 
 
@@ -68,7 +65,7 @@ class FleetSpec(StrictModel):
     name: str
     nodes: Annotated[tuple[NodeSpec, ...], Field(min_length=1)]
     models: Annotated[tuple[ModelSpecEntry, ...], Field(min_length=1)]
-    domains: tuple[Domain, ...] = ()
+    domains: tuple[DomainConfig, ...] = ()
 
     @model_validator(mode="after")
     def _replicas_fit(self) -> FleetSpec:

@@ -106,7 +106,7 @@ def fleet_of(scenario: Scenario, spec: FleetSpec, lengths: Trace) -> SimFleet:
         )
         for model in spec.models
     )
-    return SimFleet(tuple(_nodes(scenario, spec)), models, spec.domains)
+    return SimFleet(tuple(_nodes(scenario, spec)), models, tuple(domain.domain() for domain in spec.domains))
 
 
 def step_tokens(gpu: str) -> int:
