@@ -12,11 +12,11 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import numpy as np
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from pals_ray.config.fleet import Watts
 from pals_ray.config.reader import ConfigError, CsvRow, StrictModel, check_mapping, read_content, read_csv
 from pals_ray.control.budget.overhead_fit import NodeSample
 from pals_ray.control.budget.regulation import RegulationError, Signal
 from pals_ray.control.budget.schedule import Entry, Schedule
-from pals_ray.control.snapshot import Watts
 
 #: Between the values of a signal without times, s.
 SIGNAL_EVERY_S = 2.0

@@ -10,8 +10,10 @@ from pydantic import AfterValidator, Field, model_validator
 
 from pals_ray.config.reader import StrictModel, check_mapping, read_content
 from pals_ray.config.target import TargetedModel
-from pals_ray.control.snapshot import Domain, Overhead, Watts
+from pals_ray.control.snapshot import Domain, Overhead
 from pals_ray.models.specs import GPUS, MODELS
+
+Watts = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def known_model(name: str) -> str:
@@ -29,6 +31,29 @@ def _known_gpu(name: str) -> str:
 
 KnownModel = Annotated[str, AfterValidator(known_model)]
 KnownGpu = Annotated[str, AfterValidator(_known_gpu)]
+
+
+class OverheadConfig(StrictModel):
+    """Node watts that caps do not control: `a_w + b * GPU watts` on every node."""
+
+    a_w: float = Field(0.0, ge=0, allow_inf_nan=False)
+    b: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+
+    def overhead(self) -> Overhead:
+        return Overhead(self.a_w, self.b)
+
+
+class DomainConfig(StrictModel):
+    """A rack or circuit with a budget of its own: the nodes whose Ray node label `label` has the value `value`."""
+
+    name: str
+    budget_w: Watts
+    parent: str | None = None
+    label: str | None = None
+    value: str | None = None
+
+    def domain(self) -> Domain:
+        return Domain(self.name, self.budget_w, self.parent, self.label, self.value)
 
 
 class VirtualNode(StrictModel):
@@ -150,8 +175,8 @@ class FleetConfig(StrictModel):
 
     budget_w: Watts
     reserve_w: float = Field(0.0, ge=0, allow_inf_nan=False)
-    overhead: Overhead = Overhead()
-    domains: tuple[Domain, ...] = ()
+    overhead: OverheadConfig = OverheadConfig()
+    domains: tuple[DomainConfig, ...] = ()
     policy: Annotated[str, AfterValidator(_import_path)] = "policies.pals:allocate"
     hardware: HardwareConfig = HardwareConfig()
     time_scale: float = Field(2.0, ge=1, le=100)

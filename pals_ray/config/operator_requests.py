@@ -8,11 +8,11 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pals_ray.config.budget_files import SIGNAL_EVERY_S
+from pals_ray.config.fleet import Watts
 from pals_ray.config.reader import StrictModel, check
 from pals_ray.control.budget.moving_budget import FollowedSignal
 from pals_ray.control.budget.regulation import RegulationError, Signal
 from pals_ray.control.budget.signal_following import Following
-from pals_ray.control.snapshot import Watts
 
 
 class FollowRequest(StrictModel):

@@ -70,7 +70,7 @@ def explain(error: ValidationError) -> str:
         where = ".".join(str(part) for part in item["loc"]) or "(whole file)"
         message = item["msg"].removeprefix("Value error, ")
         given = "" if item["type"] in {"value_error", "missing"} else f" (given: {item['input']!r})"
-        if item["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+        if item["type"] == "extra_forbidden":
             message = "no such key"
         lines.append(f"  {where}: {message}{given}")
     return "\n".join(lines)

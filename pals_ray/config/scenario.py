@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from pals_ray.config.fleet import KnownGpu, KnownModel
+from pals_ray.config.fleet import DomainConfig, KnownGpu, KnownModel, OverheadConfig, Watts
 from pals_ray.config.reader import ConfigError, StrictModel, check_mapping, read_content
 from pals_ray.config.target import Seconds, TargetedModel
-from pals_ray.control.snapshot import Domain, Overhead, Watts
 from pals_ray.simulation.setting import FailureKind
 from pals_ray.types import Slo
 
@@ -37,14 +36,13 @@ Tokens = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CitedOverhead(Overhead):
+class CitedOverhead(OverheadConfig):
     """Node watts beside the GPUs', `a_w + b * GPU watts`, of one server with `gpus` GPUs, and which one that is.
 
     A node with more or fewer GPUs has `a_w` in proportion.
     """
 
-    gpus: Annotated[int, Field(ge=1, le=16)] = 4
+    gpus: int = Field(4, ge=1, le=16)
     source: str
 
 
@@ -87,7 +85,7 @@ class FleetSpec(StrictModel):
     lengths: LengthSpec | None = None
     nodes: Annotated[tuple[NodeSpec, ...], Field(min_length=1)]
     models: Annotated[tuple[ModelSpecEntry, ...], Field(min_length=1)]
-    domains: tuple[Domain, ...] = ()
+    domains: tuple[DomainConfig, ...] = ()
 
     @model_validator(mode="after")
     def _replicas_fit(self) -> FleetSpec:

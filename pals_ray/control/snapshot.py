@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated
-
-from pydantic import Field
 
 from pals_ray.models.power_model import PowerModel
 from pals_ray.types import ReplicaTelemetry, Target
-
-#: Checked where a value is read from a file or a request, and nowhere else.
-Watts = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
     """Node watts that caps do not control: `a_w + b * GPU watts` per node (declared, or fitted from measurements)."""
 
-    a_w: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    b: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    a_w: float = 0.0
+    b: float = 0.0
 
     def charge_w(self, gpu_w: float, num_gpus: int, node_gpus: int) -> float:
         """Charge of `num_gpus` of a node's `node_gpus` managed GPUs that occupy `gpu_w` watts together, W."""
@@ -39,7 +33,7 @@ class Domain:
     """
 
     name: str
-    budget_w: Watts
+    budget_w: float
     parent: str | None = None
     label: str | None = None
     value: str | None = None

@@ -152,7 +152,7 @@ def fleet_of(scenario: Scenario, spec: FleetSpec, limits: str, lengths: Trace) -
         )
         for model in spec.models
     )
-    return SimFleet(tuple(_nodes(scenario, spec)), models, spec.domains)
+    return SimFleet(tuple(_nodes(scenario, spec)), models, tuple(domain.domain() for domain in spec.domains))
 
 
 def step_tokens(gpu: str) -> int:

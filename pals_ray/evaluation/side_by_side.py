@@ -121,7 +121,7 @@ def twin(config: FleetConfig, members: Sequence[Member], parked_dies: Sequence[f
         )
     dies = (*(die for _, own_dies, _ in members for die in own_dies), *parked_dies)
     names = tuple(name for name, *_ in members)
-    node = SimNode("node", gpu, len(dies), names, overhead=config.overhead, dies=dies)
+    node = SimNode("node", gpu, len(dies), names, overhead=config.overhead.overhead(), dies=dies)
     return SimSetting(
         fleet=SimFleet((node,), tuple(models), reserve_w=config.reserve_w, time_scale=config.time_scale),
         budget_w=config.budget_w,

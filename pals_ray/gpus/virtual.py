@@ -20,7 +20,7 @@ from pals_ray.gpus.gpu_protocol import (
     permission_help,
 )
 from pals_ray.gpus.virtual_block import VirtualBlock
-from pals_ray.gpus.virtual_load import Load
+from pals_ray.gpus.virtual_load import LoadRecord
 from pals_ray.models.physics.cap_settling import settled_cap_w
 from pals_ray.models.specs import GpuSpec, find_gpu
 from pals_ray.processes import ProcessId, identify, is_alive
@@ -65,7 +65,7 @@ class VirtualGpu:
         self._record = block.gpus[index : index + 1]
         self._cap = block.latch("cap", index)
         self._claim = block.latch("claim", index)
-        self._load = block.latch("load", index)
+        self._load = LoadRecord(block.latch("load", index), block.gpus["trail"][index])
         #: This die's factor on dynamic power (`pals_ray.models.physics.die_spread.die_factor`).
         self.die = float(self._record["die"][0])
         self._clock = clock
@@ -99,13 +99,21 @@ class VirtualGpu:
         """Draw now, W: that of the running step, else idle draw, which is higher while a process holds the GPU."""
         self._call()
         self._free_if_dead()
-        return self._loaded().power_at(self._clock())
+        return self._load.read().power_at(self._clock())
+
+    def power_usage_w(self) -> float:
+        """What NVML's plain power reading gives on this part, W: a 1 s average on newer parts."""
+        if not self.spec.power_is_one_second_average:
+            return self.power_w()
+        self._call()
+        self._free_if_dead()
+        return self._load.mean_power_w(self._clock(), window_s=1.0)
 
     def energy_j(self) -> float:
         """The energy counter, J in whole mJ: continuous between steps, and never falling."""
         self._call()
         self._free_if_dead()
-        energy_mj = math.floor(self._loaded().energy_at(self._clock()) * 1000)
+        energy_mj = math.floor(self._load.read().energy_at(self._clock()) * 1000)
         # A step recorded between reading the clock and reading the load can put the counter a few us behind.
         self._energy_shown_j = max(self._energy_shown_j, energy_mj / 1000)
         return self._energy_shown_j
@@ -113,7 +121,7 @@ class VirtualGpu:
     def cap_binding(self) -> bool:
         """Whether a step runs now whose clock the cap holds down."""
         self._call()
-        load = self._loaded()
+        load = self._load.read()
         return load.binding > 0.0 and load.start_s <= self._clock() < load.end_s
 
     def state(self) -> GpuState:
@@ -147,8 +155,7 @@ class VirtualGpu:
         """
         if self._claim.read()[0] != os.getpid():
             raise GpuError(f"GPU {self.uuid}: process {os.getpid()} books a step on a GPU that it does not hold.")
-        rest_w = self.spec.idle_context_w
-        self._load.write(self._loaded().then(start_s, end_s, power_w, rest_w, binding, self._clock()))
+        self._load.record(start_s, end_s, power_w, self._clock(), rest_w=self.spec.idle_context_w, binding=binding)
 
     def holder(self) -> ProcessId | None:
         """The living process that holds this GPU. The claim of a dead process is removed here."""
@@ -167,7 +174,7 @@ class VirtualGpu:
         self._claim.write(process or (0, 0))
         rest_w = self.spec.idle_context_w if process else self.spec.idle_bare_w
         now_s = self._clock()
-        self._load.write(self._loaded().then(now_s, now_s, rest_w, rest_w, binding=False, now_s=now_s))
+        self._load.record(now_s, now_s, rest_w, now_s, rest_w=rest_w)
 
     def _holder(self) -> ProcessId | None:
         pid, start_ticks = self._claim.read()
@@ -203,9 +210,6 @@ class VirtualGpu:
             self._change_cap(self._cap.read()[0], limit_w)
 
     # -- inside
-
-    def _loaded(self) -> Load:
-        return Load(*self._load.read())
 
     def _call(self) -> None:
         """The checks and the delay that every call to a driver has."""

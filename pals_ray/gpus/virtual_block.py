@@ -24,8 +24,11 @@ from pals_ray.models.specs import GpuSpec, find_gpu
 
 _FOLDER = Path("/dev/shm")
 _PREFIX = "pals-virtual-gpus-"
-_MAGIC = 0x50414C5347505533  # "PALSGPU3": change it with the layout
+_MAGIC = 0x50414C5347505532  # "PALSGPU2": change it with the layout
 _LOCK_TIMEOUT_S = 10.0
+
+#: Anchors of the energy trail, for the 1 s average; at least 10 ms apart, so they span more than 1 s.
+TRAIL_LENGTH = 128
 
 
 def _latch(fields: int) -> np.dtype[Any]:
@@ -43,7 +46,8 @@ _GPU = np.dtype(
         ("call_delay_s", np.float64),
         ("cap", _latch(4)),  # ordered, out-of-band (inf: none), cap in effect before the last change, time of it
         ("claim", _latch(2)),  # pid, start ticks; 0, 0: free
-        ("load", _latch(6)),  # fields of virtual_load.Load
+        ("load", _latch(7)),  # fields of virtual_load.Load
+        ("trail", np.float64, (TRAIL_LENGTH, 2)),  # s, J
     ]
 )
 
@@ -177,7 +181,8 @@ def _create(key: str, spec: GpuSpec, count: int, now_s: float) -> None:
     limit_w = spec.default_limit_w
     gpus["cap"]["slots"][:, 0] = (limit_w, np.inf, limit_w, now_s)
     # No step has run yet, and no process holds a context.
-    gpus["load"]["slots"][:, 0] = (0.0, now_s, now_s, spec.idle_bare_w, spec.idle_bare_w, 0.0)
+    gpus["load"]["slots"][:, 0] = (0.0, now_s, now_s, spec.idle_bare_w, spec.idle_bare_w, 0.0, 1.0)
+    gpus["trail"][:] = (now_s, 0.0)
     made = gpu_block_path(key).with_name(f"{gpu_block_path(key).name}.{os.getpid()}")
     made.write_bytes(header.tobytes() + gpus.tobytes())
     made.replace(gpu_block_path(key))

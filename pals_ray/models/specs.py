@@ -45,8 +45,9 @@ class GpuSpec:
     """One GPU type, from its datasheet.
 
     FLOP/s are dense tensor-core rates. `dense_fp8_flops_per_s` equals the 16-bit rate where the part has no FP8.
-    `nvlink_bytes_per_s` counts both directions, as datasheets do. `pulses_clock` says that it keeps a cap which even
-    its lowest SM clock would exceed, at the price of speed; other parts draw more than such a cap.
+    `nvlink_bytes_per_s` counts both directions, as datasheets do. `power_is_one_second_average` says what NVML's plain
+    power reading gives on this part. `pulses_clock` says that it keeps a cap which even its lowest SM clock would
+    exceed, at the price of speed; other parts draw more than such a cap.
     """
 
     name: str
@@ -62,6 +63,7 @@ class GpuSpec:
     min_sm_clock_mhz: float
     memory_bytes: float
     nvlink_bytes_per_s: float
+    power_is_one_second_average: bool
     pulses_clock: bool
     source: str
 

@@ -45,8 +45,8 @@ def deployment_of(config: FleetConfig) -> Deployment:
         ledger=LedgerConfig(
             reserve_w=config.reserve_w, lease_s=config.lease_s, allow_unenforced=config.hardware.allow_unenforced
         ),
-        domains=config.domains,
-        overhead=config.overhead,
+        domains=tuple(domain.domain() for domain in config.domains),
+        overhead=config.overhead.overhead(),
         fail_safe_cap_w=config.fail_safe_cap_w,
         time_scale=config.time_scale,
     )

@@ -12,10 +12,10 @@ from ray import serve
 from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, OpenAiIngress, make_fastapi_ingress
 
 from pals_ray.config.budget_files import ScheduleFile
+from pals_ray.config.fleet import Watts
 from pals_ray.config.operator_requests import FollowRequest
 from pals_ray.config.policy_path import PolicyInfo
 from pals_ray.config.reader import ConfigError, StrictModel
-from pals_ray.control.snapshot import Watts
 from pals_ray.errors import InfeasibleBudget
 from pals_ray.runtime.actors import ensure_manager
 from pals_ray.runtime.client import connect_from_actor

@@ -8,8 +8,8 @@ import yaml
 from typer.testing import CliRunner
 
 from pals_ray.cli.main import app
+from pals_ray.config.fleet import OverheadConfig
 from pals_ray.config.reader import ConfigError
-from pals_ray.control.snapshot import Overhead
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def measured(tmp_path):
 def test_it_prints_what_the_fleet_file_takes(measured):
     done = CliRunner().invoke(app, ["overhead", str(measured)])
     assert done.exit_code == 0, done.output
-    found = Overhead(**yaml.safe_load(done.stdout)["overhead"])
+    found = OverheadConfig(**yaml.safe_load(done.stdout)["overhead"])
     assert found.a_w == pytest.approx(300, abs=5)
     assert found.b == pytest.approx(0.08, abs=0.003)
     assert "lines 19" in done.stdout

@@ -14,7 +14,7 @@ from pals_ray.models.specs import GPUS
 ROOT = Path(__file__).parents[3]
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 FLEET = load_fleet_config(ROOT / "deployments" / "examples" / "racks.yaml")
-DOMAINS = FLEET.domains
+DOMAINS = [domain.domain() for domain in FLEET.domains]
 
 
 def test_each_worker_of_the_cluster_file_is_in_a_rack_of_the_fleet_example_and_both_are_on_its_circuit():

@@ -344,6 +344,37 @@ def test_a_process_that_does_not_hold_the_gpu_cannot_book(driver: VirtualDriver,
         gpu.record_step(0.0, 1.0, 300.0, binding=False)
 
 
+def test_newer_parts_report_a_mean_over_one_second_as_their_usage(node_key: str, clock: Clock) -> None:
+    driver = VirtualDriver.open(node_key, "H100-SXM", 1, clock=clock)
+    gpu = driver.claim_lowest_free()
+    idle_w = gpu.spec.idle_context_w
+    clock.now_s += 5.0
+    gpu.record_step(clock.now_s, clock.now_s + 10.0, 600.0, binding=False)
+    assert gpu.power_w() == 600.0
+    assert gpu.power_usage_w() == pytest.approx(idle_w)
+    clock.now_s += 0.25
+    assert gpu.power_usage_w() == pytest.approx(0.25 * 600.0 + 0.75 * idle_w)
+    clock.now_s += 1.0
+    assert gpu.power_usage_w() == pytest.approx(600.0)
+
+
+def test_the_one_second_mean_spans_many_short_steps(node_key: str, clock: Clock) -> None:
+    driver = VirtualDriver.open(node_key, "H100-SXM", 1, clock=clock)
+    gpu = driver.claim_lowest_free()
+    for k in range(2000):
+        gpu.record_step(clock.now_s, clock.now_s + 0.003, 300.0 if k < 1500 else 600.0, binding=False)
+        clock.now_s += 0.003
+    assert gpu.power_usage_w() == pytest.approx(600.0, rel=0.01)
+    gpu.record_step(clock.now_s, clock.now_s + 0.5, 300.0, binding=False)
+    clock.now_s += 0.5
+    assert gpu.power_usage_w() == pytest.approx(450.0, rel=0.01)
+
+
+def test_older_parts_report_the_draw_of_the_instant_as_their_usage(held: VirtualGpu, clock: Clock) -> None:
+    held.record_step(clock.now_s, clock.now_s + 1.0, 300.0, binding=False)
+    assert held.power_usage_w() == 300.0
+
+
 def test_a_b200_with_a_context_cannot_be_capped_down_to_its_lowest_limit(node_key: str) -> None:
     driver = VirtualDriver.open(node_key, "B200", 1)
     assert driver.gpus()[0].state().floor_w == 0.0

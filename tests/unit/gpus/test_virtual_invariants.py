@@ -114,7 +114,9 @@ class OneVirtualGpu(RuleBasedStateMachine):
 
     @invariant()
     def draw_is_within_what_the_part_can_draw(self) -> None:
-        assert self.spec.idle_bare_w - 1e-6 <= self.seen.power_w() <= self.spec.max_limit_w
+        for power_w in (self.seen.power_w(), self.seen.power_usage_w()):
+            assert self.spec.idle_bare_w - 1e-6 <= power_w
+        assert self.seen.power_w() <= self.spec.max_limit_w
 
     @invariant()
     def the_holder_is_this_process_or_nobody(self) -> None:

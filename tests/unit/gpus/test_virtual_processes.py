@@ -134,15 +134,15 @@ def test_four_book_while_one_reads_whole_loads_and_growing_counters(node_key: st
     ):
         assert sorted(said(p)[0] for p in (a, b, c, d)) == [0, 1, 2, 3]
         energy_j = [0.0] * 4
-        versions = [gpu._load.version() for gpu in driver.gpus()]
+        versions = [gpu._load._latch.version() for gpu in driver.gpus()]
 
         def all_written(times: int) -> bool:
-            now = [gpu._load.version() for gpu in driver.gpus()]
+            now = [gpu._load._latch.version() for gpu in driver.gpus()]
             return all(after > before + times for before, after in zip(versions, now, strict=True))
 
         for _ in looking(until=lambda: all_written(100)):
             for i, gpu in enumerate(driver.gpus()):
-                load = gpu._loaded()
+                load = gpu._load.read()
                 if load.power_w != load.rest_w:
                     assert (load.power_w - i) % 4.0 == 0.0
                     assert load.end_s - load.start_s == pytest.approx(load.power_w * 1e-6, rel=1e-3)
