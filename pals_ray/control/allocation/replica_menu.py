@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pals_ray.control.replica.attainment import attained, kept_pace, paced_by
-from pals_ray.control.replica.batch_choice import batch_limits, pinned_column
+from pals_ray.control.replica.attainment import QueueingModel, kept_pace, paced_by
+from pals_ray.control.replica.batch_choice import pinned_column, with_batch_limits
 from pals_ray.control.replica.prediction import Surface
 from pals_ray.control.snapshot import Arrivals, ReplicaSnapshot
 from pals_ray.models.power_model import FloatArray
@@ -51,15 +51,17 @@ def replica_menu(
     Each point has the batch limit that the agent would choose there, or `pin_batch_limit`.
     """
     slo, caps = replica.target.slo, np.arange(len(on.cap_w))
-    if pin_batch_limit is None:
-        chosen = batch_limits(on, slo, replica.max_batch)
-    else:
-        chosen = np.full(len(caps), pinned_column(on, pin_batch_limit))
-    capacity, honours = on.capacity_tokens_per_s[caps, chosen], on.honours_cap[caps, chosen]
-    arrivals = _arrivals(replica, float(capacity.max()))
+    most_batch = replica.max_batch if pin_batch_limit is None else max(pin_batch_limit, 1)
+    arrivals = _arrivals(replica, float(on.capacity_tokens_per_s[:, on.batch <= most_batch].max()))
     wanted = min(arrivals.tokens_per_s, np.inf if target_tokens_per_s is None else target_tokens_per_s)
-    part = wanted / max(arrivals.tokens_per_s, 1e-9)
-    found = attained(on, chosen, arrivals.times(part), slo)
+    planned = arrivals.times(wanted / max(arrivals.tokens_per_s, 1e-9))
+    queue = QueueingModel.of(on, planned, slo)
+    if pin_batch_limit is None:
+        chosen, found = with_batch_limits(queue, planned, replica.max_batch)
+    else:
+        chosen = np.full(len(caps), pinned_column(on.batch, pin_batch_limit))
+        found = queue.attained(chosen, planned)
+    capacity, honours = on.capacity_tokens_per_s[caps, chosen], on.honours_cap[caps, chosen]
     share = np.minimum(found.good_share / slo.attainment, 1.0) if wanted > 0 else np.ones(len(caps))
     if paced_by(replica.target, wanted):
         share = share * kept_pace(on, found.running, float(on.itl_p99_s[-1, -1]))

@@ -9,9 +9,11 @@ their peakedness.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import log, sqrt
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from pals_ray.control.replica.prediction import Surface
@@ -39,65 +41,97 @@ class Attained:
     power_w: FloatArray
 
 
-def attained(on: Surface, column: np.ndarray, arrivals: Arrivals, slo: Slo) -> Attained:
-    """The attainment at each cap with the batch limit of that column (C,)."""
-    caps, batch, latency = np.arange(len(on.cap_w)), on.batch, arrivals.latency
-    # A surface may know points at which nothing at all is safe to be served.
-    log_ratio = np.log(max(arrivals.strain * arrivals.tokens_per_s, _EPS) / np.maximum(on.capacity_tokens_per_s, _EPS))
-    # The chain's states 1, 2, ... are summed up between the batches of the surface, as if weights were geometric there.
-    before = np.concatenate(([0.0], batch[:-1]))
-    gap = batch - before
-    ratio_before = np.concatenate((log_ratio[:, :1], log_ratio[:, :-1]), axis=1)
-    step = gap * (ratio_before + log_ratio) / 2.0 + (log_ratio - ratio_before) / 2.0
-    step /= arrivals.peakedness
-    log_weight = np.cumsum(step, axis=1)
-    inside = np.arange(len(batch)) <= column[:, None]
-    log_weight -= np.maximum(np.where(inside, log_weight, 0.0).max(axis=1, keepdims=True), 0.0)
-    fall = np.maximum(np.abs(step), 1e-9)
-    upper = np.where(step > 0.0, log_weight, log_weight - step)
-    summed = np.exp(np.minimum(upper, 50.0)) * np.expm1(-fall) / np.expm1(-fall / gap)
-    # From the larger end: where weights fall that is the state before, which belongs to the interval before.
-    summed = np.where(step > 0.0, summed, summed * np.exp(-fall / gap))
-    empty = np.exp(np.minimum(log_weight[:, :1] - step[:, :1], 50.0))
-    weight = np.concatenate((empty, np.where(inside, summed, 0.0)), axis=1)
-    last = np.exp(log_weight[caps, column])
-    place = np.where(fall < 1e-3, 0.5, np.sign(step) * (1.0 / -np.expm1(-fall) - 1.0 / fall - 0.5) + 0.5)
-    place = np.where(gap > 1.0, np.minimum(place + 0.5 / gap, 1.0), 1.0)
+def chosen(first: NDArray[np.bool_], these: Attained, those: Attained) -> Attained:
+    """`these` where `first` says so (C,), and `those` elsewhere."""
+    pairs = ((getattr(these, part.name), getattr(those, part.name)) for part in fields(Attained))
+    return Attained(*(np.where(first, one, other) for one, other in pairs))
 
-    def summed_up(values: FloatArray) -> FloatArray:
-        """(C,): the sum of values at the batches 0, ... by weight, in each interval at the weights' mean place."""
-        inner = values[..., :-1] + place * (values[..., 1:] - values[..., :-1])
-        return np.asarray(weight[:, 0] * values[..., 0] + (weight[:, 1:] * inner).sum(axis=1))
 
-    good = np.ones((len(caps), len(batch) + 1))
-    wait_s = np.full(len(caps), np.inf)
-    if slo.ttft_s is not None:
-        p50_s, p99_s = (
-            arrivals.strain * factor * predicted_s
-            for factor, predicted_s in ((latency.ttft_p50, on.ttft_p50_s), (latency.ttft_p99, on.ttft_p99_s))
+@dataclass(frozen=True, slots=True)
+class QueueingModel:
+    """What one replica's requests meet at each of C caps x B batch sizes, whatever their rate and the batch limit.
+
+    `tpot_s` is the mean gap between tokens while so many run, s (C, B); `good` the share of requests that keep the SLO
+    while none or so many run, (C, B + 1); `start_s` the TTFT of one that does not wait, s (C, B); `gap` the distance of
+    each batch size to the one before, (B,).
+    """
+
+    on: Surface
+    tpot_s: FloatArray
+    good: FloatArray
+    start_s: FloatArray | None
+    slo: Slo
+    log_capacity: FloatArray
+    gap: FloatArray
+
+    @classmethod
+    def of(cls, on: Surface, arrivals: Arrivals, slo: Slo) -> QueueingModel:
+        """Of a surface, with the latencies and output lengths of these arrivals."""
+        latency, start_s = arrivals.latency, None
+        tpot_s = on.batch / np.maximum(on.capacity_tokens_per_s, _EPS)
+        good = np.ones(tpot_s.shape)
+        if slo.ttft_s is not None:
+            start_s = arrivals.strain * latency.ttft_p50 * on.ttft_p50_s
+            good = _share_within(start_s, arrivals.strain * latency.ttft_p99 * on.ttft_p99_s, slo.ttft_s)
+        if slo.tpot_s is not None:
+            p99_s = latency.tpot_p99 * tpot_p99_s(on, tpot_s, arrivals.output_tokens)
+            good = good * _share_within(tpot_s, p99_s, slo.tpot_s)
+        # A surface may know points at which nothing at all is safe to be served.
+        log_capacity = np.log(np.maximum(on.capacity_tokens_per_s, _EPS))
+        gap = np.diff(on.batch, prepend=0.0)
+        return cls(on, tpot_s, _from_none(good), start_s, slo, log_capacity, gap)
+
+    def attained(self, column: np.ndarray, arrivals: Arrivals) -> Attained:
+        """What becomes of these arrivals at each cap with the batch limit of that column (C,)."""
+        on, gap, caps = self.on, self.gap, np.arange(len(self.on.cap_w))
+        log_ratio = log(max(arrivals.strain * arrivals.tokens_per_s, _EPS)) - self.log_capacity
+        # The chain's states 1, 2, ... are summed up between the batches of the surface, as if weights were geometric.
+        ratio_before = np.concatenate((log_ratio[:, :1], log_ratio[:, :-1]), axis=1)
+        step = (gap * (ratio_before + log_ratio) + (log_ratio - ratio_before)) * (0.5 / arrivals.peakedness)
+        log_weight = np.cumsum(step, axis=1)
+        inside = np.arange(len(on.batch)) <= column[:, None]
+        log_weight -= np.maximum(np.where(inside, log_weight, 0.0).max(axis=1, keepdims=True), 0.0)
+        grows = step > 0.0
+        fall = np.maximum(np.abs(step), 1e-9)
+        each = np.expm1(-fall / gap)
+        summed = np.exp(np.minimum(np.where(grows, log_weight, log_weight - step), 50.0)) * np.expm1(-fall) / each
+        # From the larger end: where weights fall that is the state before, which belongs to the interval before.
+        summed = np.where(grows, summed, summed * (1.0 + each))
+        empty = np.exp(np.minimum(log_weight[:, :1] - step[:, :1], 50.0))
+        weight = np.concatenate((empty, np.where(inside, summed, 0.0)), axis=1)
+        last = np.exp(log_weight[caps, column])
+        place = np.sign(step) * (1.0 / -np.expm1(-fall) - 1.0 / fall - 0.5) + 0.5
+        place = np.where(fall < 1e-3, 0.5, place)
+        place = np.where(gap > 1.0, np.minimum(place + 0.5 / gap, 1.0), 1.0)
+        # In each interval values count at the weights' mean place: so much of them at its upper end, the rest before.
+        upper = weight[:, 1:] * place
+        at = np.concatenate((weight[:, :1] + weight[:, 1:2] - upper[:, :1], upper), axis=1)
+        at[:, 1:-1] += (weight[:, 2:] - upper[:, 1:])
+
+        wait_s = np.full(len(caps), np.inf)
+        if self.slo.ttft_s is not None and self.start_s is not None:
+            wait_s = np.maximum(self.slo.ttft_s - self.start_s[caps, column], 0.0)
+        ends_per_s = on.capacity_tokens_per_s[caps, column] / max(arrivals.output_tokens, 1.0)
+        log_tail = log_ratio[caps, column] / arrivals.peakedness
+        places = np.minimum(np.floor(wait_s * ends_per_s), 1e6)
+        waiting, beyond = (last * part for part in _geometric(log_tail, places))
+        turned_away = last * np.exp(np.minimum(log_tail * (places + 1.0), 50.0))
+        running = weight.sum(axis=1)
+        inside_or_waiting, all_of_them = running + waiting, running + waiting + beyond
+        good_ones = (at * self.good).sum(axis=1) + self.good[caps, column + 1] * waiting
+        queued = waiting + beyond
+        drawn_w = on.power_w[:, 0] * at[:, 0] + (on.power_w * at[:, 1:]).sum(axis=1)
+        return Attained(
+            attainment=good_ones / all_of_them,
+            good_share=good_ones / (inside_or_waiting + turned_away),
+            running=((on.batch * at[:, 1:]).sum(axis=1) + queued * on.batch[column]) / all_of_them,
+            power_w=(drawn_w + queued * on.power_w[caps, column]) / all_of_them,
         )
-        within = _share_within(p50_s, p99_s, slo.ttft_s)
-        good = np.concatenate((within[:, :1], within), axis=1)
-        wait_s = np.maximum(slo.ttft_s - p50_s[caps, column], 0.0)
-    if slo.tpot_s is not None:
-        tpot_s = mean_tpot_s(on)
-        on_time = _share_within(tpot_s, latency.tpot_p99 * tpot_p99_s(on, arrivals.output_tokens), slo.tpot_s)
-        good = good * np.concatenate((on_time[:, :1], on_time), axis=1)
-    ends_per_s = on.capacity_tokens_per_s[caps, column] / max(arrivals.output_tokens, 1.0)
-    log_tail = log_ratio[caps, column] / arrivals.peakedness
-    places = np.minimum(np.floor(wait_s * ends_per_s), 1e6)
-    waiting, beyond = (last * part for part in _geometric(log_tail, places))
-    turned_away = last * np.exp(np.minimum(log_tail * (places + 1.0), 50.0))
-    inside_or_waiting, all_of_them = weight.sum(axis=1) + waiting, weight.sum(axis=1) + waiting + beyond
-    good_ones = summed_up(good) + good[caps, column + 1] * waiting
-    drawn_w = np.concatenate((on.power_w[:, :1], on.power_w), axis=1)
-    full_w = on.power_w[caps, column]
-    return Attained(
-        attainment=good_ones / all_of_them,
-        good_share=good_ones / (inside_or_waiting + turned_away),
-        running=(summed_up(np.concatenate(([0.0], batch))) + (waiting + beyond) * batch[column]) / all_of_them,
-        power_w=(summed_up(drawn_w) + (waiting + beyond) * full_w) / all_of_them,
-    )
+
+
+def _from_none(values: FloatArray) -> FloatArray:
+    """Values at the batches, with those of one sequence for none as well."""
+    return np.concatenate((values[:, :1], values), axis=1)
 
 
 def paced_by(target: Target, wanted_tokens_per_s: float) -> bool:
@@ -115,15 +149,9 @@ def kept_pace(on: Surface, running: FloatArray, slowest_s: float) -> FloatArray:
     return np.asarray(np.minimum(slowest_s / on.itl_p99_s[np.arange(len(running)), at], 1.0))
 
 
-def mean_tpot_s(on: Surface) -> FloatArray:
-    """(C, B): the mean gap between tokens while so many run, s."""
-    return np.asarray(on.batch / np.maximum(on.capacity_tokens_per_s, _EPS))
-
-
-def tpot_p99_s(on: Surface, output_tokens: float) -> FloatArray:
+def tpot_p99_s(on: Surface, tpot_s: FloatArray, output_tokens: float) -> FloatArray:
     """(C, B): the p99 of TPOT, s: a request's is the mean over its gaps, of which few tokens have few."""
-    tpot_s = mean_tpot_s(on)
-    return np.asarray(tpot_s + np.maximum(on.itl_p99_s - tpot_s, 0.0) / np.sqrt(max(output_tokens - 1.0, 1.0)))
+    return np.asarray(tpot_s + np.maximum(on.itl_p99_s - tpot_s, 0.0) / sqrt(max(output_tokens - 1.0, 1.0)))
 
 
 def _share_within(p50_s: FloatArray, p99_s: FloatArray, limit_s: float) -> FloatArray:

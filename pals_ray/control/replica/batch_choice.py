@@ -9,9 +9,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from pals_ray.control.replica.attainment import Attained, QueueingModel, chosen
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
-from pals_ray.control.replica.prediction import Surface
-from pals_ray.types import Slo
+from pals_ray.control.snapshot import Arrivals
+from pals_ray.models.power_model import FloatArray
 
 IntArray = NDArray[np.intp]
 
@@ -37,23 +38,43 @@ def snap(batch: float, max_batch: int) -> int:
     return sizes[max(bisect_right(sizes, batch) - 1, 0)]
 
 
-def pinned_column(on: Surface, batch_limit: int) -> int:
+def pinned_column(batch: FloatArray, batch_limit: int) -> int:
     """The column of the largest batch that a pinned limit allows."""
-    return max(int(np.searchsorted(on.batch, batch_limit, side="right")) - 1, 0)
+    return max(int(np.searchsorted(batch, batch_limit, side="right")) - 1, 0)
 
 
-def batch_limits(on: Surface, slo: Slo, most_batch: float) -> IntArray:
-    """(C,): the column of the batch limit at each cap: as large as TPOT, ITL and memory allow (`most_batch`).
+def batch_axis(max_batch: int) -> FloatArray:
+    """The batch limits to choose from: graph sizes an eighth apart or more, and the largest."""
+    sizes: list[int] = []
+    for size in graph_sizes(max_batch):
+        if not sizes or size >= 1.125 * sizes[-1]:
+            sizes.append(size)
+    return np.array([*(size for size in sizes if size < max_batch), max_batch], dtype=np.float64)
 
-    tokens/J rise with the batch, and who is kept out misses the TTFT. So the limit is the largest batch at which those
-    that run keep TPOT and ITL; and the largest there is where even one sequence alone does not keep them. It is not
-    where capacity has fallen below that of a smaller batch.
+
+def with_batch_limits(queue: QueueingModel, arrivals: Arrivals, most_batch: float) -> tuple[IntArray, Attained]:
+    """The column of the batch limit at each cap (C,), and what becomes of the arrivals with it.
+
+    The limit is as large as memory allows (`most_batch`), for tokens/J rise with the batch, and who is kept out misses
+    the TTFT; or as large as TPOT and ITL allow, where that leaves more of them good: too many at once would all be
+    late. It is not where capacity has fallen below that of a smaller batch.
     """
+    on, slo = queue.on, queue.slo
     capacity = on.capacity_tokens_per_s
     fit = capacity >= (1.0 - MOST_CAPACITY_LOSS) * np.maximum.accumulate(capacity, axis=1)
     fit &= on.batch <= max(most_batch, 1.0)
-    kept = fit & (on.batch <= (slo.tpot_s or np.inf) * capacity) & (on.itl_p99_s <= (slo.itl_p99_s or np.inf))
-    return np.where(kept.any(axis=1), _last(kept), _last(fit))
+    if slo.itl_p99_s is not None:
+        kept = fit & (on.itl_p99_s <= slo.itl_p99_s)
+        fit = np.where(kept.any(axis=1, keepdims=True), kept, fit)
+    most = _last(fit)
+    found = queue.attained(most, arrivals)
+    if slo.tpot_s is None:
+        return most, found
+    kept = fit & (queue.tpot_s <= slo.tpot_s)
+    fewer = np.where(kept.any(axis=1), _last(kept), most)
+    limited = queue.attained(fewer, arrivals)
+    better = limited.attainment + limited.good_share > found.attainment + found.good_share
+    return np.where(better, fewer, most), chosen(better, limited, found)
 
 
 def _last(chosen: NDArray[np.bool_]) -> IntArray:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pals_ray.control.replica.attainment import attained, kept_pace, paced_by
-from pals_ray.control.replica.batch_choice import EPS, batch_limits, pinned_column
+from pals_ray.control.replica.attainment import QueueingModel, kept_pace, paced_by
+from pals_ray.control.replica.batch_choice import EPS, pinned_column, with_batch_limits
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Situation
 from pals_ray.control.replica.prediction import Surface
 from pals_ray.control.replica.slo_feedback import SPEND
@@ -15,11 +15,11 @@ from pals_ray.control.snapshot import Arrivals
 from pals_ray.models.power_model import FloatArray
 
 #: A device's range is divided into at most so many caps, beside the ceiling and those around the present cap.
-CAP_STEPS = 50
+CAP_STEPS = 25
 
 
 def cap_axis_w(min_limit_w: float, ceiling_w: float, max_limit_w: float, present_w: float) -> FloatArray:
-    """The caps to choose from, W, ascending: whole-watt steps of a 50th of the device's range up to the ceiling.
+    """The caps to choose from, W, ascending: whole-watt steps of a 25th of the device's range up to the ceiling.
 
     Steps are finer around the present cap, where feedback settles; ceiling and present cap are among them.
     """
@@ -54,12 +54,12 @@ class Candidates:
         where all of them serve all that comes; if none does, the least miss."""
         keeps = self.score >= 1.0 - EPS
         if not keeps.any():
-            keeps = self.score >= self.score.max() - 1e-3
+            keeps = self.score >= (1.0 - 1e-3) * self.score.max()
         return int(np.where(keeps, self.joules_per_token, np.inf).argmin())
 
 
 def candidates(
-    on: Surface,
+    queue: QueueingModel,
     arrivals: Arrivals,
     wanted: float,
     state: ControllerState,
@@ -67,21 +67,23 @@ def candidates(
     config: ControllerConfig,
 ) -> Candidates:
     """The candidates for what arrives, of which `wanted`, tokens/s, are to be served."""
-    slo, caps = seen.target.slo, np.arange(len(on.cap_w))
-    if seen.pin_batch_limit is None:
-        column = batch_limits(on, slo, float(state.kv_limit or seen.max_batch))
-    else:
-        column = np.full(len(caps), pinned_column(on, seen.pin_batch_limit))
-    capacity = on.capacity_tokens_per_s[caps, column]
+    on, slo = queue.on, queue.slo
+    caps = np.arange(len(on.cap_w))
     share = min(wanted / max(arrivals.tokens_per_s, EPS), 1.0)
     planned = arrivals.times(share * state.need)
-    found = attained(on, column, planned, slo)
+    if seen.pin_batch_limit is None:
+        column, found = with_batch_limits(queue, planned, float(state.kv_limit or seen.max_batch))
+    else:
+        column = np.full(len(caps), pinned_column(on.batch, seen.pin_batch_limit))
+        found = queue.attained(column, planned)
+    capacity = on.capacity_tokens_per_s[caps, column]
     drains = np.minimum(capacity / max(_to_serve_now(arrivals, wanted, state, seen), EPS), 1.0)
     needed = wanted * state.need * (1.0 + config.margin)
-    served = np.minimum(capacity / max(needed, EPS), 1.0) * drains * _pace(on, found.running, seen, wanted)
+    served = np.minimum(capacity / max(needed, EPS), 1.0) * drains
+    served *= _pace(on, found.running, seen, wanted) * _present(queue, seen)
 
     # Tokens beyond a target are served all the same, as long as watts are well spent on them.
-    comes = found if share == 1.0 else attained(on, column, arrivals, slo)
+    comes = found if share == 1.0 else queue.attained(column, arrivals)
     overhead, terms = seen.terms.overhead, seen.terms
     node_w = (1.0 + overhead.b) * comes.power_w + overhead.charge_w(0.0, terms.num_gpus, terms.node_gpus)
     keeps = (found.attainment >= 1.0 - SPEND * (1.0 - slo.attainment)) & (served >= 1.0 - EPS) | (wanted == 0.0)
@@ -107,6 +109,18 @@ def _to_serve_now(arrivals: Arrivals, wanted: float, state: ControllerState, see
     if limit_s is not None:
         return waiting * arrivals.output_tokens / (0.5 * limit_s)
     return wanted * (1.0 + 2.0 * waiting / max(seen.telemetry.running, 1))
+
+
+def _present(queue: QueueingModel, seen: Situation) -> FloatArray:
+    """(C,): 1, or less where those that run now get their tokens later than the TPOT limit allows."""
+    running, limit_s, batch = seen.telemetry.running_mean, queue.slo.tpot_s, queue.on.batch
+    if limit_s is None or running <= 1.0:
+        return np.ones(len(queue.tpot_s))
+    right = min(int(np.searchsorted(batch, running)), len(batch) - 1)
+    left = max(right - 1, 0)
+    part = min(max((running - batch[left]) / max(batch[right] - batch[left], EPS), 0.0), 1.0)
+    tpot_s = (1.0 - part) * queue.tpot_s[:, left] + part * queue.tpot_s[:, right]
+    return np.asarray(np.minimum(limit_s / tpot_s, 1.0))
 
 
 def _pace(on: Surface, running: FloatArray, seen: Situation, wanted: float) -> FloatArray:

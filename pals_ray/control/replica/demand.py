@@ -23,25 +23,33 @@ MOST_PEAKEDNESS = 8.0
 @dataclass(frozen=True, slots=True)
 class DemandState:
     """What is remembered of arrivals: their rate, requests/s, the dispersion of how many come in `RATE_S` (variance
-    over mean, 1 for Poisson), and for how long they have been watched, s."""
+    over mean, 1 for Poisson), and for how long they have been watched, s. `window_per_s` is the rate over the last
+    `RATE_S` that dispersion was taken from, `window_s` how long ago that was."""
 
     per_s: float = 0.0
     dispersion: float = 1.0
     seen_s: float = 0.0
+    window_per_s: float = 0.0
+    window_s: float = 0.0
 
     def after(self, seen: ReplicaTelemetry, dt_s: float) -> DemandState:
         """Let `dt_s` pass with this telemetry. A surge is followed at once: as far as it can be no chance."""
-        seen_s = self.seen_s + dt_s
-        per_s = self.per_s + (seen.arriving_per_s - self.per_s) * _share(dt_s, seen_s, RATE_LAG_S)
-        came, usual = seen.arriving_per_s * RATE_S, max(per_s * RATE_S, 1e-3)
+        seen_s, now_per_s = self.seen_s + dt_s, seen.arriving_per_s
         if seen_s < RATE_S:
-            return DemandState(seen.arriving_per_s, 1.0, seen_s)
-        surge = came - SURGE_SIGMAS * sqrt(came * self.dispersion)
-        if surge > usual:
-            return DemandState(surge / RATE_S, self.dispersion, seen_s)
-        swing = (came - usual) ** 2 / usual
-        dispersion = self.dispersion + (swing - self.dispersion) * _share(dt_s, seen_s, DISPERSION_LAG_S)
-        return DemandState(per_s, dispersion, seen_s)
+            return DemandState(now_per_s, 1.0, seen_s, now_per_s)
+        per_s = self.per_s + (now_per_s - self.per_s) * _share(dt_s, seen_s, RATE_LAG_S)
+        came = now_per_s * RATE_S
+        surge_per_s = (came - SURGE_SIGMAS * sqrt(came * self.dispersion)) / RATE_S
+        if surge_per_s > per_s:
+            return DemandState(surge_per_s, self.dispersion, seen_s, now_per_s)
+        window_s = self.window_s + dt_s
+        if window_s < RATE_S:
+            return DemandState(per_s, self.dispersion, seen_s, self.window_per_s, window_s)
+        # From window to window, so that a load that rises or falls steadily does not count as one that swings.
+        both_per_s = now_per_s + self.window_per_s
+        swing = (now_per_s - self.window_per_s) ** 2 * RATE_S / both_per_s if both_per_s > 0.0 else self.dispersion
+        dispersion = self.dispersion + (swing - self.dispersion) * _share(window_s, seen_s, DISPERSION_LAG_S)
+        return DemandState(per_s, dispersion, seen_s, now_per_s)
 
     def arrivals(self, seen: ReplicaTelemetry, strain: float, latency: LatencyFactors) -> Arrivals | None:
         """What comes, as the queueing model takes it; None where requests are there, but none has ended yet."""

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from pals_ray.control.replica.attainment import tpot_p99_s
-from pals_ray.control.replica.batch_choice import EPS, graph_sizes, limit_under_kv_pressure, paced_limit, snap
+from pals_ray.control.replica.attainment import QueueingModel, tpot_p99_s
+from pals_ray.control.replica.batch_choice import EPS, batch_axis, limit_under_kv_pressure, paced_limit, snap
 from pals_ray.control.replica.candidates import candidates, cap_axis_w
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Decision, Situation
 from pals_ray.control.replica.demand import RATE_LAG_S
@@ -51,17 +51,18 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig = D
     terms = seen.terms
     axis = cap_axis_w(terms.min_limit_w, seen.ceiling_w, terms.max_limit_w, present_w)
     here = int(np.searchsorted(axis, min(max(present_w, axis[0]), seen.ceiling_w)))
-    on = predict_at(seen.model, axis, np.array(graph_sizes(seen.max_batch), dtype=np.float64))
+    on = predict_at(seen.model, axis, batch_axis(seen.max_batch))
     target = seen.target.throughput_tokens_per_s
     wanted = arrivals.tokens_per_s if target is None else min(arrivals.tokens_per_s, target)
     state = with_throughput(state, seen, config, on, here)
     if state.demand.seen_s > RATE_LAG_S:
         state = _with_latency(state, seen, on, here)
-    found = candidates(on, arrivals, wanted, state, seen, config)
+    queue = QueueingModel.of(on, arrivals, seen.target.slo)
+    found = candidates(queue, arrivals, wanted, state, seen, config)
     best = found.best()
     if best < here and found.score[best] >= 1.0 - EPS:
         more = 1.0 + config.hysteresis
-        best = firm_cut(candidates(on, arrivals.times(more), more * wanted, state, seen, config), here)
+        best = firm_cut(candidates(queue, arrivals.times(more), more * wanted, state, seen, config), here)
     if seen.pin_cap_w is not None:
         chosen, why = len(axis) - 1, "the grant pins the cap"
     elif cut:
@@ -101,7 +102,7 @@ def _with_latency(state: ControllerState, seen: Situation, on: Surface, here: in
         latency=LatencyFeedback(
             before.ttft_p50.after(telemetry.ttft.p50_s, now(on.ttft_p50_s), dt_s),
             before.ttft_p99.after(telemetry.ttft.p99_s, now(on.ttft_p99_s), dt_s),
-            before.tpot_p99.after(telemetry.tpot.p99_s, now(tpot_p99_s(on, telemetry.output_tokens)), dt_s),
+            before.tpot_p99.after(telemetry.tpot.p99_s, now(tpot_p99_s(on, on.batch / np.maximum(on.capacity_tokens_per_s, EPS), telemetry.output_tokens)), dt_s),
         ),
     )
 

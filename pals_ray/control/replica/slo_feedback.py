@@ -17,7 +17,7 @@ from pals_ray.types import Slo, Verdicts
 STEP = 0.05
 LEAST, MOST = -0.3, 0.5
 #: The part of the error budget that is planned to be spent; the rest is for what nobody foresees.
-SPEND = 0.7
+SPEND = 0.5
 #: The short window is this part of the SLO's.
 SHORT = 1.0 / 10.0
 #: A late request counts for so many at most.
@@ -63,7 +63,7 @@ class SloFeedback:
             # Requests are late in clusters, by one cause: each further one of a cluster says less.
             cluster = self.short.late
             strain += STEP * log((cluster + new.late + 1.0) / (cluster + 1.0)) * min(max(burn, 1.0), FASTEST)
-        if long.rate(slo.attainment) <= SPEND:
+        if short.rate(slo.attainment) <= SPEND:
             # What was late longer ago than the window counts no more.
             strain = min(strain, strain * exp(-dt_s / slo.window_s)) - STEP * allowed * new.good
         return SloFeedback(min(max(strain, LEAST), MOST), verdicts, short, long)

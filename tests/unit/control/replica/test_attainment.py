@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pals_ray.control.replica.attainment import attained
+from pals_ray.control.replica.attainment import QueueingModel
 from pals_ray.control.replica.batch_choice import graph_sizes
 from pals_ray.control.replica.prediction import predict_at
 from pals_ray.control.snapshot import Arrivals, LatencyFactors
@@ -18,6 +18,10 @@ from .plant import Decode
 CAPS_W = np.array([100.0, 150.0, 200.0, 300.0, 400.0])
 ON = predict_at(Decode(), CAPS_W, np.array(graph_sizes(64), dtype=float))
 FULL = np.full(len(CAPS_W), len(ON.batch) - 1)
+
+
+def attained(on, column, arrivals, slo):
+    return QueueingModel.of(on, arrivals, slo).attained(column, arrivals)
 
 
 def column_of(batch):

@@ -56,7 +56,7 @@ def test_without_demand_it_rests_and_under_load_it_works(model):
         busy, reason = choose(controller, beat / 2, in_force_w=busy.cap_w)
     assert busy.cap_w > 200.0
     assert controller.expected is not None
-    assert controller.arrivals.tokens_per_s > 200.0
+    assert controller.arrivals.tokens_per_s > 150.0
     assert "tokens/s wanted" in reason
 
 
