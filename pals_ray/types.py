@@ -141,7 +141,8 @@ class Verdicts:
 class EngineTelemetry:
     """One reading of a replica's engine: counters since engine start and gauges now.
 
-    `arrived` requests have come in, `verdicts` are those judged (`pals_ray.control.slo`). Histograms are cumulative
+    `arrived` requests have come in, `verdicts` are those judged (`pals_ray.control.slo`), `unjudged` have neither
+    ended nor been judged. Histograms are cumulative
     counts over `LATENCY_EDGES_S` (one more count than edges: the last is overflow).
     `steps` and `late_steps` come from the paced worker of a virtual GPU (0 on real ones); `modelled_s` and `wall_s`
     are the summed modelled and real durations of those steps.
@@ -162,6 +163,7 @@ class EngineTelemetry:
     ttft_counts: tuple[int, ...]
     tpot_counts: tuple[int, ...]
     itl_counts: tuple[int, ...]
+    unjudged: int = 0
     steps: int = 0
     late_steps: int = 0
     modelled_s: float = 0.0

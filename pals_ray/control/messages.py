@@ -293,7 +293,8 @@ class Answer:
     """The manager's answer to whatever an agent says.
 
     `fail_safe_w` is the cap to go to when a lease ends, W; None for the device's lowest. `target` is the model's, with
-    this replica's part of its tokens/s. `model` comes with the answer to a hello alone (None there: nothing predicts
+    this replica's part of its tokens/s. `arrivals` is what it is to plan for beside those that are alike (None: not
+    known). `model` comes with the answer to a hello alone (None there: nothing predicts
     the replica).
     """
 
@@ -301,3 +302,4 @@ class Answer:
     fail_safe_w: float | None
     target: Target = field(default_factory=Target)
     model: LoadedModel | None = None
+    arrivals: Arrivals | None = None

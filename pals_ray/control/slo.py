@@ -56,6 +56,11 @@ class RequestJudge:
         """The counts so far."""
         return Verdicts(self.good, self.late_ttft, self.late_tpot, self.late_failed, self.good_tokens)
 
+    @property
+    def unjudged(self) -> int:
+        """How many have come and have neither ended nor been judged."""
+        return len(self._waiting) + len(self._first_s)
+
     def arrived(self, request: Hashable, arrival_s: float) -> None:
         """A request has come in."""
         self._waiting[request] = arrival_s
@@ -117,7 +122,8 @@ def allowed_late(judged: int, attainment: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """One replica's engine in the few numbers that SLOs need: counts since engine start, and how many requests wait.
+    """One replica's engine in the few numbers that SLOs need: counts since engine start, and how many requests wait or
+    are `unjudged`.
 
     Of `gaps` between tokens `gaps_over` were longer than `gap_limit_s` (None: no limit).
     """
@@ -128,13 +134,17 @@ class Tally:
     gaps: int
     gaps_over: float
     gap_limit_s: float | None
+    unjudged: int = 0
+
+    def same_engine(self, first: Tally) -> bool:
+        """Whether it may be of the engine that an earlier one was of."""
+        return (
+            self.tokens >= first.tokens and self.gaps >= first.gaps and self.verdicts.judged >= first.verdicts.judged
+        )
 
     def follows(self, first: Tally) -> bool:
         """Whether it may be compared with an earlier one: by the same engine, against the same limit."""
-        grown = (
-            self.tokens >= first.tokens and self.gaps >= first.gaps and self.verdicts.judged >= first.verdicts.judged
-        )
-        return grown and self.gap_limit_s == first.gap_limit_s
+        return self.same_engine(first) and self.gap_limit_s == first.gap_limit_s
 
 
 def over_count(counts: Sequence[int], limit_s: float | None) -> float:
@@ -156,7 +166,7 @@ def tally_of(engine: EngineTelemetry, slo: Slo) -> Tally:
     """The tally of one reading."""
     gaps = sum(engine.itl_counts)
     over = over_count(engine.itl_counts, slo.itl_p99_s)
-    return Tally(engine.verdicts, engine.generation_tokens, engine.waiting, gaps, over, slo.itl_p99_s)
+    return Tally(engine.verdicts, engine.generation_tokens, engine.waiting, gaps, over, slo.itl_p99_s, engine.unjudged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +204,9 @@ def observe(state: SloState, now_s: float, tallies: Mapping[str, Tally], target:
 
 
 def _judged(state: SloState, now_s: float, tallies: Mapping[str, Tally], window_s: float) -> SloState:
-    """Add what was judged since the last look to the window."""
-    verdicts, gaps, gaps_over = Verdicts(), 0, 0.0
+    """Add what was judged since the last look to the window: requests that were with an engine that is gone failed."""
+    ended = (first for name, first in state.last.items() if name not in tallies or not tallies[name].same_engine(first))
+    verdicts, gaps, gaps_over = Verdicts(late_failed=sum(first.unjudged for first in ended)), 0, 0.0
     for first, last in _pairs(state.last, tallies):
         verdicts += last.verdicts - first.verdicts
         gaps += last.gaps - first.gaps

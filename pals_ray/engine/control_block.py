@@ -67,6 +67,7 @@ _LAYOUT = np.dtype(
         ("late_tpot", _I),
         ("late_failed", _I),
         ("good_tokens", _I),
+        ("unjudged", _I),
         ("logger_sequence", _I),
         ("logger_heartbeat_ns", _I),
         ("running", _I),
@@ -88,7 +89,7 @@ _LAYOUT = np.dtype(
 )
 _SAME_NAME_IN_TELEMETRY = (
     *("running", "waiting", "kv_use", "prompt_tokens", "generation_tokens", "requests_finished", "preemptions"),
-    *("max_batch", "arrived", "steps", "late_steps", "modelled_s", "wall_s"),
+    *("max_batch", "arrived", "unjudged", "steps", "late_steps", "modelled_s", "wall_s"),
 )
 _VERDICTS = ("good", "late_ttft", "late_tpot", "late_failed", "good_tokens")
 _SEQUENCES = ("judge_sequence", "logger_sequence", "worker_sequence")

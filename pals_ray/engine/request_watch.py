@@ -52,7 +52,7 @@ class RequestWatch:
         self._prefilling: set[str] = set()
         self._token_s = now_s()
         self._writer = RecordWriter(block.field("judge_sequence"))
-        counts = ("arrived", "good", "late_ttft", "late_tpot", "late_failed", "good_tokens")
+        counts = ("arrived", "good", "late_ttft", "late_tpot", "late_failed", "good_tokens", "unjudged")
         self._fields = [block.field(name) for name in counts]
         self._published = (0,) * len(counts)
 
@@ -122,7 +122,7 @@ class RequestWatch:
     def _publish(self) -> None:
         judge = self._judge
         late = (judge.late_ttft, judge.late_tpot, judge.late_failed)
-        counts = (self._arrived, judge.good, *late, judge.good_tokens)
+        counts = (self._arrived, judge.good, *late, judge.good_tokens, judge.unjudged)
         if counts != self._published:
             self._published = counts
             with self._writer:

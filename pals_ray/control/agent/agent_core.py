@@ -181,6 +181,7 @@ class AgentCore:
             self.session, self._number = reply.session, 0
         self._fail_safe_w = answer.fail_safe_w
         self.controller.target = answer.target
+        self.controller.take_alike(answer.arrivals, now_s)
         self.terms = reply.terms or self.terms
         tasks = []
         if reply.park is None:

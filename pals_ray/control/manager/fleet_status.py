@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 
 from pals_ray.control.ledger.ledger import Ledger
 from pals_ray.control.messages import Beat, NodeGpu, ReplicaSpec, ReplicaView
+from pals_ray.control.replica.demand import pooled, toward
 from pals_ray.control.slo import by_priority
-from pals_ray.control.snapshot import FleetSnapshot, ReplicaCharges, ReplicaSnapshot
+from pals_ray.control.snapshot import Arrivals, FleetSnapshot, ReplicaCharges, ReplicaSnapshot
 from pals_ray.models.lookup import LoadedModel
 from pals_ray.types import (
     BudgetSource,
@@ -86,7 +87,21 @@ def fleet_snapshot(
                     arrivals=beat.arrivals if beat else None,
                 )
             )
-    return ledger.snapshot(replicas, now_s)
+    return ledger.snapshot(_with_those_alike(replicas), now_s)
+
+
+def _with_those_alike(replicas: Sequence[ReplicaSnapshot]) -> list[ReplicaSnapshot]:
+    """The same, those of a model on devices of one kind planned for together."""
+    kinds: dict[tuple[object, ...], list[Arrivals]] = {}
+    for replica in replicas:
+        if replica.arrivals is not None and replica.arrivals.per_s > 0.0:
+            kinds.setdefault(_kind(replica), []).append(replica.arrivals)
+    means = {kind: pooled(alike) for kind, alike in kinds.items()}
+    return [replace(r, arrivals=toward(r.arrivals, means[_kind(r)])) if _kind(r) in means else r for r in replicas]
+
+
+def _kind(replica: ReplicaSnapshot) -> tuple[object, ...]:
+    return replica.model, replica.num_gpus, replica.max_batch, replica.min_limit_w, replica.max_limit_w
 
 
 def measured_w(ledger: Ledger, devices: Mapping[str, Device]) -> float:

@@ -35,7 +35,7 @@ from pals_ray.control.messages import (
     ReplicaSpec,
     Reply,
 )
-from pals_ray.control.snapshot import FleetSnapshot
+from pals_ray.control.snapshot import Arrivals, FleetSnapshot
 from pals_ray.errors import InfeasibleBudget, NotConfigured
 from pals_ray.models.lookup import LoadedModel
 from pals_ray.types import BudgetSource, OperatingPoint, Target
@@ -62,6 +62,7 @@ class ManagerCore:
         self._mover: BudgetMover | None = None
         self._moved: BudgetSource | None = None
         self._parts_tokens_per_s: Mapping[str, float | None] = {}
+        self._arrivals: Mapping[str, Arrivals | None] = {}
         self._raising = False
 
     # -- what is deployed --------------------------------------------------------------------------------------------
@@ -213,12 +214,12 @@ class ManagerCore:
         return silent(self.registry, [node.node_id for node in self.ledger.nodes()], now_s)
 
     def _answer(self, reply: Reply, replica_id: str) -> Answer:
-        """With the model's target, of whose tokens/s this replica has its part."""
+        """With the model's target, of whose tokens/s this replica has its part, and what comes to those alike."""
         member = self.registry.members.get(replica_id)
         target = self.targets.get(member.spec.model, Target()) if member else Target()
         part = self._parts_tokens_per_s.get(replica_id, target.throughput_tokens_per_s)
         target = replace(target, throughput_tokens_per_s=part)
-        return Answer(reply, self.deployment.fail_safe_cap_w, target)
+        return Answer(reply, self.deployment.fail_safe_cap_w, target, arrivals=self._arrivals.get(replica_id))
 
     def _released(self, now_s: float) -> tuple[Command, ...]:
         writes = self._write_ledger()
@@ -239,6 +240,7 @@ class ManagerCore:
             return ()
         snapshot = self.snapshot(now_s)
         self._parts_tokens_per_s = targets_tokens_per_s(snapshot)
+        self._arrivals = {replica.replica_id: replica.arrivals for replica in snapshot.replicas}
         shares = self._runner.shares(snapshot, self.registry.models, self._holds)
         self.divisions += shares is not None
         return self._send(self.ledger.plan(shares, now_s))

@@ -8,6 +8,7 @@ from pals_ray.control.charge import ChargeTerms
 from pals_ray.control.replica.demand import DemandState
 from pals_ray.control.replica.latency_feedback import LatencyFeedback
 from pals_ray.control.replica.slo_feedback import SloFeedback
+from pals_ray.control.snapshot import Arrivals
 from pals_ray.models.power_model import PowerModel
 from pals_ray.types import Expected, OperatingPoint, ReplicaTelemetry, Target
 
@@ -87,7 +88,7 @@ class Situation:
 
     `ceiling_w` is the highest cap allowed on each GPU, `in_force_w` the lowest limit that the GPUs report (None:
     unknown). `target.throughput_tokens_per_s` is this replica's part of its model's target. `model` is already
-    corrected; None while there is no model.
+    corrected; None while there is no model. `alike` is what comes to the model's replicas that are alike, in the mean.
     """
 
     now_s: float
@@ -98,6 +99,7 @@ class Situation:
     target: Target
     telemetry: ReplicaTelemetry
     model: PowerModel | None
+    alike: Arrivals | None = None
     pin_cap_w: float | None = None
     pin_batch_limit: int | None = None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import exp, sqrt
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from math import exp, fsum, log, sqrt
 
 from pals_ray.control.snapshot import Arrivals, LatencyFactors
 from pals_ray.control.telemetry import RATE_S
@@ -12,8 +13,9 @@ from pals_ray.types import ReplicaTelemetry
 #: Time constants of the smoothed rate of arrivals and of their dispersion, s.
 RATE_LAG_S = 60.0
 DISPERSION_LAG_S = 180.0
-#: More requests in `RATE_S` than this many standard deviations above what the smoothed rate brings are no chance.
+#: More requests in `RATE_S` than this many standard deviations above what the smoothed rate brings are no chance; this many while more run than that explains.
 SURGE_SIGMAS = 3.0
+CROWDED_SIGMAS = 1.0
 #: Fewer requests/s than this are none: the cap does not wait for the next one.
 SILENT_PER_S = 1.0 / 300.0
 #: Peakedness is taken from few arrivals and a short window, so it is kept in a range.
@@ -32,14 +34,19 @@ class DemandState:
     window_per_s: float = 0.0
     window_s: float = 0.0
 
-    def after(self, seen: ReplicaTelemetry, dt_s: float) -> DemandState:
-        """Let `dt_s` pass with this telemetry. A surge is followed at once: as far as it can be no chance."""
+    def after(self, seen: ReplicaTelemetry, dt_s: float, expected_running: float | None = None) -> DemandState:
+        """Let `dt_s` pass with this telemetry. A surge is followed at once: as far as it can be no chance.
+
+        Where more run than were expected to, beyond chance too, arrivals need less to be a surge.
+        """
         seen_s, now_per_s = self.seen_s + dt_s, seen.arriving_per_s
         if seen_s < RATE_S:
             return DemandState(now_per_s, 1.0, seen_s, now_per_s)
         per_s = self.per_s + (now_per_s - self.per_s) * _share(dt_s, seen_s, RATE_LAG_S)
         came = now_per_s * RATE_S
-        surge_per_s = (came - SURGE_SIGMAS * sqrt(came * self.dispersion)) / RATE_S
+        crowded = expected_running is not None and seen.running_mean - expected_running > 2.0 * sqrt(expected_running)
+        sigmas = CROWDED_SIGMAS if crowded else SURGE_SIGMAS
+        surge_per_s = (came - sigmas * sqrt(came * self.dispersion)) / RATE_S
         if surge_per_s > per_s:
             return DemandState(surge_per_s, self.dispersion, seen_s, now_per_s)
         window_s = self.window_s + dt_s
@@ -59,6 +66,37 @@ class DemandState:
             return None
         peakedness = min(max((1.0 + self.dispersion) / 2.0, 1.0), MOST_PEAKEDNESS)
         return Arrivals(self.per_s, seen.output_tokens, peakedness, exp(strain), latency)
+
+
+def pooled(alike: Sequence[Arrivals]) -> Arrivals:
+    """The mean of what comes to replicas that are alike: rates as they are, factors by their logs."""
+    per_s = fsum(own.per_s for own in alike) / len(alike)
+    tokens_per_s = fsum(own.tokens_per_s for own in alike) / len(alike)
+    return Arrivals(
+        per_s,
+        tokens_per_s / per_s if per_s > 0.0 else max(own.output_tokens for own in alike),
+        fsum(own.peakedness for own in alike) / len(alike),
+        _log_mean([own.strain for own in alike]),
+        LatencyFactors(*(_log_mean(column) for column in zip(*(astuple(own.latency) for own in alike), strict=True))),
+    )
+
+
+def toward(own: Arrivals | None, alike: Arrivals) -> Arrivals:
+    """What a replica plans for beside others that are alike: their mean, as far as its own rate can be that by chance.
+
+    If each went by its own rate alone, one that is slower for a while would get fewer requests from a router that looks
+    at queues, so a lower cap would do for it, which makes it slower still.
+    """
+    if own is None:
+        return alike
+    if own.per_s == 0.0 or alike.per_s == 0.0:
+        return own
+    chance_per_s = SURGE_SIGMAS * sqrt(own.per_s * (2.0 * own.peakedness - 1.0) / (2.0 * RATE_LAG_S))
+    return replace(alike, per_s=min(max(alike.per_s, own.per_s - chance_per_s), own.per_s + chance_per_s))
+
+
+def _log_mean(factors: Sequence[float]) -> float:
+    return exp(fsum(map(log, factors)) / len(factors))
 
 
 def _share(dt_s: float, seen_s: float, lag_s: float) -> float:

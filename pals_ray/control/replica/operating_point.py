@@ -15,7 +15,7 @@ from pals_ray.control.replica.attainment import QueueingModel, tpot_p99_s
 from pals_ray.control.replica.batch_choice import EPS, batch_axis, limit_under_kv_pressure, paced_limit, snap
 from pals_ray.control.replica.candidates import candidates, cap_axis_w
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Decision, Situation
-from pals_ray.control.replica.demand import RATE_LAG_S
+from pals_ray.control.replica.demand import RATE_LAG_S, toward
 from pals_ray.control.replica.hysteresis import firm_cut, next_cap
 from pals_ray.control.replica.latency_feedback import LatencyFeedback
 from pals_ray.control.replica.prediction import Surface, predict_at
@@ -44,6 +44,8 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig = D
         return _decided(state, seen, point, "no model yet: as much as the grant allows", None)
 
     arrivals = state.demand.arrivals(seen.telemetry, state.slo.strain, state.latency.factors)
+    if seen.alike is not None:
+        arrivals = toward(arrivals, seen.alike)
     if arrivals is None:
         limit = seen.max_batch if seen.pin_batch_limit is None else seen.pin_batch_limit
         point = OperatingPoint(seen.ceiling_w, snap(limit, seen.max_batch))
@@ -123,7 +125,7 @@ def _learnt(state: ControllerState, seen: Situation, config: ControllerConfig) -
         )
     dt_s = min(now_s - state.last_s, config.most_step_s)
     since_s = (state.queue_since_s if state.queue_since_s is not None else now_s) if seen.telemetry.waiting else None
-    demand = state.demand.after(seen.telemetry, dt_s)
+    demand = state.demand.after(seen.telemetry, dt_s, state.expected.running if state.expected else None)
     # Requests that came before demand was known were served at caps that nobody had chosen for them.
     verdicts = seen.telemetry.verdicts
     if demand.seen_s > RATE_LAG_S:

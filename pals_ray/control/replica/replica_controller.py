@@ -11,6 +11,9 @@ from pals_ray.models.correction import CorrectedModel, Correction, Observation
 from pals_ray.models.power_model import PowerModel
 from pals_ray.types import Expected, Grant, OperatingPoint, ReplicaTelemetry, Target
 
+#: What comes to replicas that are alike is known from the manager; it counts for so long, s.
+ALIKE_S = 5.0
+
 
 class ReplicaController:
     """Chooses one replica's operating points; times are s of the agent's monotonic clock."""
@@ -25,12 +28,17 @@ class ReplicaController:
         self._state = ControllerState()
         self._looked_s: float | None = None
         self._seen = ReplicaTelemetry()
+        self._alike: tuple[Arrivals | None, float] = None, 0.0
 
     def take_model(self, model: PowerModel | None, source: str) -> None:
         """Predict by this model from now on (None: by none); a model from another source begins without corrections."""
         if source != self._source:
             self.correction = Correction()
         self._model, self._source = model, source
+
+    def take_alike(self, arrivals: Arrivals | None, now_s: float) -> None:
+        """What comes to the model's replicas that are alike, in the mean; used for `ALIKE_S`."""
+        self._alike = arrivals, now_s
 
     @property
     def expected(self) -> Expected | None:
@@ -99,6 +107,7 @@ class ReplicaController:
             target=self.target,
             telemetry=seen,
             model=self._corrected(),
+            alike=self._alike[0] if now_s - self._alike[1] <= ALIKE_S else None,
             pin_cap_w=grant.pin_cap_w if may_cap else in_force_w,
             pin_batch_limit=grant.pin_batch_limit,
         )

@@ -15,9 +15,9 @@ from pals_ray.types import Slo, Verdicts
 
 #: The log of the factor on demand that one late request adds, and its range.
 STEP = 0.05
-LEAST, MOST = -0.3, 0.5
+LEAST, MOST = -0.5, 0.5
 #: The part of the error budget that is planned to be spent; the rest is for what nobody foresees.
-SPEND = 0.5
+SPEND = 0.6
 #: The short window is this part of the SLO's.
 SHORT = 1.0 / 10.0
 #: A late request counts for so many at most.

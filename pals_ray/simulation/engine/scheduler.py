@@ -174,6 +174,7 @@ class Engine:
             max_batch=self.max_batch,
             arrived=self.arrived,
             verdicts=self.judge.verdicts,
+            unjudged=self.judge.unjudged,
             ttft_counts=tuple(self.ttft_counts),
             tpot_counts=tuple(self.tpot_counts),
             itl_counts=tuple(self.itl_counts),

@@ -419,6 +419,21 @@ def test_an_engine_that_began_anew_takes_nothing_back():
     assert account.status.total == Verdicts(good=51)
 
 
+def test_requests_that_were_with_an_engine_that_is_gone_have_failed():
+    account = Account(replicas=2)
+    account.add(Verdicts(good=50), "r0", tokens=100)
+    for name in ("r0", "r1"):
+        account.tallies[name] = replace(account.tallies[name], unjudged=3)
+    account.passes(0.5)
+    assert account.status.total == Verdicts(good=50)
+    account.tallies["r0"] = EMPTY  # its engine began anew
+    del account.tallies["r1"]
+    account.passes(0.5)
+    assert account.status.total == Verdicts(good=50, late_failed=6)
+    account.passes(0.5)
+    assert account.status.total == Verdicts(good=50, late_failed=6)
+
+
 def test_a_clock_that_goes_back_or_leaps_loses_no_verdict_since_the_start():
     account = Account()
     account.add(Verdicts(good=5))
