@@ -1,4 +1,4 @@
-"""`pals bench allocator`: how long dividing a budget takes, and how far from the optimum it stays."""
+"""`pals bench allocator`: how long decisions take: dividing a budget, and how far from the optimum it stays; a beat."""
 
 from __future__ import annotations
 
@@ -9,16 +9,29 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pals_ray.control.agent import commands
+from pals_ray.control.agent.agent_core import BEAT_S, AgentCore
 from pals_ray.control.allocation.budget_division import divide
 from pals_ray.control.allocation.budget_tree import BudgetTree, FloatArray, IntArray
 from pals_ray.control.allocation.menu_table import MenuTable
+from pals_ray.control.charge import group_terms
+from pals_ray.control.messages import Answer, Reply
+from pals_ray.control.replica.replica_controller import ReplicaController
+from pals_ray.control.snapshot import Overhead
+from pals_ray.control.telemetry import Reading
+from pals_ray.models.lookup import tabulated
+from pals_ray.models.physics.roofline import RooflineModel
+from pals_ray.models.physics.step_cost import GroupPhysics
+from pals_ray.models.specs import Parallelism, find_gpu, find_model
 from pals_ray.plots.tables import Report, table
+from pals_ray.types import LATENCY_EDGES_S, EngineTelemetry, Grant, Slo, Target, Verdicts
 from policies import exact
 
 POINTS = 200
 CALLS = 30
 SIZES = (100, 300, 1_000, 3_000, 10_000)
 SMALL_INSTANCES, SMALL_REPLICAS = 200, 12
+BEATS = 2000
 
 #: Four rows with two racks each; rack budgets alternate between tight and loose.
 ROWS_AND_RACKS = np.array([-1, 0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
@@ -113,8 +126,49 @@ def compare_with_exact(instances: int = SMALL_INSTANCES) -> Timing:
     return _time("all three", drawn, exactly=True)
 
 
+def time_beats(beats: int = BEATS) -> FloatArray:
+    """Milliseconds of a core that each beat of an agent takes, from its reading to its orders (beats,).
+
+    The replica is on one H100, its engine started at 256 sequences, with an SLO of 2 s and 100 ms; requests/s swing.
+    """
+    spec, uuids = find_gpu("H100-SXM"), ("gpu",)
+    terms = group_terms(Overhead(), 1, ((spec.min_limit_w, spec.max_limit_w),), (0.0,))
+    grant = Grant("replica", 1, 1, spec.max_limit_w, float(beats), "")
+    answer = Answer(Reply(1, 1, grant, uuids, terms, None, ""), None, Target(Slo(ttft_s=2.0, tpot_s=0.1)))
+    controller = ReplicaController(1)
+    physics = GroupPhysics(spec, find_model("Llama-3.1-8B"), Parallelism(1))
+    controller.take_model(tabulated(RooflineModel(physics), spec.min_limit_w, spec.max_limit_w, 256, 1), "roofline")
+    core = AgentCore("replica", "node", 1, controller)
+
+    def obey(asked: Iterable[commands.Command], now_s: float) -> None:
+        for command in asked:
+            match command:
+                case commands.ReadLimits(read):
+                    obey(core.limits_read(dict.fromkeys(read, spec.max_limit_w), now_s), now_s)
+                case commands.SetGroupCap(_, cap_w):
+                    obey(core.limits_set(dict.fromkeys(uuids, cap_w), now_s), now_s)
+                case commands.SayHello():
+                    obey(core.answered(answer, now_s), now_s)
+
+    obey((*core.claimed(uuids, 256, 0.0), *core.greet(0.0)), 0.0)
+    rng, arrived, took_ms = np.random.default_rng(1), 0, []
+    for beat in range(1, beats + 1):
+        now_s, arrived = beat * BEAT_S, arrived + int(rng.poisson(2.0 + np.sin(beat / 100)))
+        ended, running = arrived * 9 // 10, int(rng.integers(10, 40))
+        counts = tuple(ended if at in (90, 100) else 0 for at in range(len(LATENCY_EDGES_S) + 1))
+        engine = EngineTelemetry(
+            now_s, running, 0, 0.1, 1000 * ended, 200 * ended, ended, 0, 256, 256, arrived, Verdicts(good=ended),
+            counts, counts, counts,
+        )  # fmt: skip
+        reading = Reading(now_s, engine, 300.0 * now_s, 300.0, 0.5)
+        started_s = time.process_time()
+        obey(core.beat_due(reading, now_s), now_s)
+        took_ms.append(1000.0 * (time.process_time() - started_s))
+    return np.array(took_ms)
+
+
 def run() -> Report:
-    """Time the division over 100 to 10,000 replicas, and measure its distance from the optimum."""
+    """Time the division over 100 to 10,000 replicas, and measure its distance from the optimum; time a beat."""
     timings = [time_division(kind, n) for n in SIZES for kind in KINDS]
     small = compare_with_exact()
     large = table(
@@ -128,7 +182,12 @@ def run() -> Report:
         [(*_times(small), f"{small.gap.mean():.4%}", f"{small.gap.max():.4%}")],
         title=f"Against the optimum: {len(small.ms)} instances of {small.replicas} replicas",
     )
-    return Report(figures(timings, small), large, exactly)
+    beat_ms = time_beats()
+    beat = {f"beat_p{q}_ms": float(np.percentile(beat_ms, q)) for q in (50, 99)}
+    shown = (
+        f"an agent's beat: p50 {beat['beat_p50_ms']:.2f} ms, p99 {beat['beat_p99_ms']:.2f} ms of a core ({BEATS} beats)"
+    )
+    return Report(figures(timings, small) | beat, large, exactly, shown)
 
 
 def figures(timings: list[Timing], small: Timing) -> dict[str, float]:

@@ -138,9 +138,7 @@ class Tally:
 
     def same_engine(self, first: Tally) -> bool:
         """Whether it may be of the engine that an earlier one was of."""
-        return (
-            self.tokens >= first.tokens and self.gaps >= first.gaps and self.verdicts.judged >= first.verdicts.judged
-        )
+        return self.tokens >= first.tokens and self.gaps >= first.gaps and self.verdicts.judged >= first.verdicts.judged
 
     def follows(self, first: Tally) -> bool:
         """Whether it may be compared with an earlier one: by the same engine, against the same limit."""

@@ -106,7 +106,7 @@ class QueueingModel:
         # In each interval values count at the weights' mean place: so much of them at its upper end, the rest before.
         upper = weight[:, 1:] * place
         at = np.concatenate((weight[:, :1] + weight[:, 1:2] - upper[:, :1], upper), axis=1)
-        at[:, 1:-1] += (weight[:, 2:] - upper[:, 1:])
+        at[:, 1:-1] += weight[:, 2:] - upper[:, 1:]
 
         wait_s = np.full(len(caps), np.inf)
         if self.slo.ttft_s is not None and self.start_s is not None:

@@ -56,8 +56,9 @@ def with_batch_limits(queue: QueueingModel, arrivals: Arrivals, most_batch: floa
     """The column of the batch limit at each cap (C,), and what becomes of the arrivals with it.
 
     The limit is as large as memory allows (`most_batch`), for tokens/J rise with the batch, and who is kept out misses
-    the TTFT; or as large as TPOT and ITL allow, where that leaves more of them good: too many at once would all be
-    late. It is not where capacity has fallen below that of a smaller batch.
+    the TTFT; or, where even the highest cap cannot keep all of them good, as large as TPOT and ITL allow if that leaves
+    more of them good: too many at once would all be late. It is not where capacity has fallen below that of a
+    smaller batch.
     """
     on, slo = queue.on, queue.slo
     capacity = on.capacity_tokens_per_s
@@ -68,7 +69,7 @@ def with_batch_limits(queue: QueueingModel, arrivals: Arrivals, most_batch: floa
         fit = np.where(kept.any(axis=1, keepdims=True), kept, fit)
     most = _last(fit)
     found = queue.attained(most, arrivals)
-    if slo.tpot_s is None:
+    if slo.tpot_s is None or found.attainment[-1] >= slo.attainment:
         return most, found
     kept = fit & (queue.tpot_s <= slo.tpot_s)
     fewer = np.where(kept.any(axis=1), _last(kept), most)

@@ -13,7 +13,8 @@ from pals_ray.types import ReplicaTelemetry
 #: Time constants of the smoothed rate of arrivals and of their dispersion, s.
 RATE_LAG_S = 60.0
 DISPERSION_LAG_S = 180.0
-#: More requests in `RATE_S` than this many standard deviations above what the smoothed rate brings are no chance; this many while more run than that explains.
+#: More requests in `RATE_S` than this many standard deviations above what the smoothed rate brings are no chance; or
+#: than this many while more run than that rate explains.
 SURGE_SIGMAS = 3.0
 CROWDED_SIGMAS = 1.0
 #: Fewer requests/s than this are none: the cap does not wait for the next one.

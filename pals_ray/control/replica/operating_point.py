@@ -93,6 +93,7 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig = D
 def _with_latency(state: ControllerState, seen: Situation, on: Surface, here: int) -> ControllerState:
     """The state with what measured latencies say of the predicted ones at the cap in force and what runs."""
     telemetry, dt_s, before = seen.telemetry, state.step_s, state.latency
+    tpot_s = on.batch / np.maximum(on.capacity_tokens_per_s, EPS)
     if telemetry.running == 0:
         return state
 
@@ -104,7 +105,7 @@ def _with_latency(state: ControllerState, seen: Situation, on: Surface, here: in
         latency=LatencyFeedback(
             before.ttft_p50.after(telemetry.ttft.p50_s, now(on.ttft_p50_s), dt_s),
             before.ttft_p99.after(telemetry.ttft.p99_s, now(on.ttft_p99_s), dt_s),
-            before.tpot_p99.after(telemetry.tpot.p99_s, now(tpot_p99_s(on, on.batch / np.maximum(on.capacity_tokens_per_s, EPS), telemetry.output_tokens)), dt_s),
+            before.tpot_p99.after(telemetry.tpot.p99_s, now(tpot_p99_s(on, tpot_s, telemetry.output_tokens)), dt_s),
         ),
     )
 

@@ -9,7 +9,7 @@ while it is so over the short one too, each late request counts for more, as bur
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import exp, log
+from math import exp, log1p
 
 from pals_ray.types import Slo, Verdicts
 
@@ -20,6 +20,8 @@ LEAST, MOST = -0.5, 0.5
 SPEND = 0.6
 #: The short window is this part of the SLO's.
 SHORT = 1.0 / 10.0
+#: Late requests are a cluster where they are more than so many times as many as allowed over the short window.
+CLUSTER = 4.0
 #: A late request counts for so many at most.
 FASTEST = 3.0
 
@@ -60,9 +62,9 @@ class SloFeedback:
         strain, allowed = self.strain, SPEND * (1.0 - slo.attainment)
         burn = min(short.rate(slo.attainment), long.rate(slo.attainment))
         if new.late and servable:
-            # Requests are late in clusters, by one cause: each further one of a cluster says less.
-            cluster = self.short.late
-            strain += STEP * log((cluster + new.late + 1.0) / (cluster + 1.0)) * min(max(burn, 1.0), FASTEST)
+            # Requests are late in clusters, by one cause: beyond what is allowed each further one says less.
+            cluster, usual = self.short.late, 1.0 + CLUSTER * allowed * short.judged
+            strain += STEP * usual * log1p(new.late / (cluster + usual)) * min(max(burn, 1.0), FASTEST)
         if short.rate(slo.attainment) <= SPEND:
             # What was late longer ago than the window counts no more.
             strain = min(strain, strain * exp(-dt_s / slo.window_s)) - STEP * allowed * new.good

@@ -15,6 +15,7 @@ from pals_ray.bench.allocator import (
     figures,
     make_menus,
     make_tree,
+    time_beats,
     time_division,
 )
 
@@ -56,3 +57,9 @@ def test_the_figures_are_of_the_worst_kind():
     assert found["dual_gap_1000"] == 0.004
     assert found["dual_gap_1000_max"] == 0.009
     assert (found["gap_mean"], found["gap_max"]) == (0.002, 0.004)
+
+
+def test_every_beat_is_timed():
+    took_ms = time_beats(beats=200)
+    assert len(took_ms) == 200
+    assert (took_ms > 0).all()
