@@ -17,7 +17,7 @@ from pals_ray.control.manager.fleet_status import (
     measured_w,
 )
 from pals_ray.control.messages import AgentReport, Beat, Hello, ManagedGpu, NodeGpu, NodeInfo, ReplicaSpec
-from pals_ray.control.snapshot import Overhead, Share
+from pals_ray.control.snapshot import Arrivals, Overhead, Share
 from pals_ray.types import BudgetSource, GpuInfo, Latency, Provenance, ReplicaTelemetry, Target
 
 UUIDS = ("GPU-0", "GPU-1", "GPU-2")
@@ -184,3 +184,18 @@ def test_a_fleet_without_replicas_or_gpus_has_a_status_too():
     status = fleet_status(ledger, {}, {}, {}, replace(FACTS, last_settle_s=None), 0)
     assert (status.charge_w, status.measured_w, status.replicas, status.gpus) == (0, 0, (), ())
     assert "700" in _shown(status_view(status))
+
+
+def test_replicas_of_a_model_on_devices_of_one_kind_plan_for_their_mean():
+    ledger = Ledger(LedgerConfig(), epoch=4, budget_w=2000, now_s=0)
+    ledger.add_node(NodeInfo("n", tuple(ManagedGpu(uuid, 100, 400, 100) for uuid in UUIDS)), 0)
+    members = {}
+    for uuid, model, per_s in zip(UUIDS, ("m", "m", "other"), (3.8, 4.2, 9.0), strict=True):
+        name = f"{model}#{uuid}"
+        ledger.hello(Hello(name, "n", 1, fence_epoch=4), 0)
+        session = ledger.hello(Hello(name, "n", 1, fence_epoch=4), 0).session
+        ledger.claim(name, session, {uuid: 100.0}, 0)
+        beat = replace(_member().beat, arrivals=Arrivals(per_s, 100.0))
+        members[name] = Member(ReplicaSpec(name, model, 1, "n", gpus=(uuid,), max_batch=32), beat)
+    found = fleet_snapshot(ledger, members, {}, 0.1).replicas
+    assert [replica.arrivals.per_s for replica in found] == [pytest.approx(4.0), pytest.approx(4.0), 9.0]
