@@ -21,7 +21,10 @@ from pals_ray.runtime.client import Fleet
 from pals_ray.simulation.setting import SimSetting
 
 #: The format of each figure, and its factor from SI units.
-_SHOWN_AS = {"tokens_per_s": (".1f", 1), "power_w": (".0f", 1), "itl_p50_s": (".0f", 1e3), "ttft_p50_s": (".0f", 1e3)}
+_SHOWN_AS = {
+    **{"tokens_per_s": (".1f", 1), "power_w": (".0f", 1)},
+    **{"itl_p50_s": (".0f", 1e3), "tpot_p50_s": (".0f", 1e3), "ttft_p50_s": (".0f", 1e3)},
+}
 
 
 def run(seconds: float, seed: int) -> Report:
@@ -32,7 +35,7 @@ def run(seconds: float, seed: int) -> Report:
     for stage, traces, looks_s, readings in live:
         rows += side_by_side.rows_of(stage, readings, side_by_side.simulated(setting, stage, traces, looks_s))
     shown = table(
-        ("model", "point", "tokens/s", "W", "ITL p50, ms", "TTFT p50, ms", "live pace"),
+        ("model", "point", "tokens/s", "W", "ITL p50, ms", "TPOT p50, ms", "TTFT p50, ms", "live pace"),
         ((row["model"], row["what"], *cells(row), f"{row['modelled_over_wall']:.2f}") for row in rows),
         left=("model", "point"),
         title=f"Live / simulated, and the error: {seconds:g} s each, seed {seed}",
@@ -46,7 +49,12 @@ def run(seconds: float, seed: int) -> Report:
     beyond = (
         f"beyond the limits ({limits}): {row['model']}, {row['what']}" for row in rows if not side_by_side.within(row)
     )
-    return Report({"seconds": seconds, "seed": seed, **side_by_side.summary(rows)}, shown, legend, *beyond)
+    found = side_by_side.summary(rows)
+    judged = (
+        f"attainment over all points: {found['live_attainment']:.1%} live, {found['simulated_attainment']:.1%} simulated "
+        f"(at most {side_by_side.ATTAINMENT_LIMIT:.0%} apart)"
+    )
+    return Report({"seconds": seconds, "seed": seed, **found}, shown, judged, legend, *beyond)
 
 
 #: A stage as it went on the live fleet: what was asked of it, and what its counters said at which times, s.

@@ -20,13 +20,16 @@ from pals_ray.evaluation.runs import fixed_at
 from pals_ray.models.physics.roofline import RooflineModel, Workload
 from pals_ray.models.specs import Parallelism, find_gpu
 from pals_ray.runtime.manager.predictors import Predictors
+from pals_ray.simulation.results.figures import share_of
 from pals_ray.simulation.run import Run
 from pals_ray.simulation.setting import SimFleet, SimModel, SimNode, SimSetting
 from pals_ray.simulation.traces import Trace, poisson
 from pals_ray.types import OperatingPoint, ReplicaTelemetry
 
 #: What is compared, and how far the simulator may be off, as a share of the live figure.
-LIMITS = {"tokens_per_s": 0.10, "power_w": 0.10, "itl_p50_s": 0.15}
+LIMITS = {"tokens_per_s": 0.10, "power_w": 0.10, "itl_p50_s": 0.15, "tpot_p50_s": 0.15}
+#: How far apart the attainment of all windows together may be.
+ATTAINMENT_LIMIT = 0.01
 #: Nothing is compared for so long after a load has begun or the budget has fallen, s.
 SETTLE_S = 12.0
 #: The simulated fleet is idle for so long before its load begins, as the live one is, s.
@@ -199,25 +202,49 @@ def rows_of(stage: Stage, live: Sequence[Readings], twins: Sequence[Readings]) -
             seen = between(live[first][model], live[last][model])
             ours, theirs = figures_of(between(twins[first][model], twins[last][model])), figures_of(seen)
             row = {"model": model, "what": what, "live": theirs, "simulated": ours}
+            for side, readings in (("live", live), ("simulated", twins)):
+                row[f"{side}_verdicts"] = _verdicts(readings[first][model], readings[last][model])
             row["errors"] = {name: _error(theirs[name], ours[name]) for name in LIMITS}
             rows.append(row | {"late_share": seen.late_share, "modelled_over_wall": seen.modelled_over_wall})
     return rows
 
 
 def figures_of(seen: ReplicaTelemetry) -> dict[str, float | None]:
-    """What is shown of a side: output tokens/s, W of all GPUs of the replica, median ITL and TTFT, s."""
+    """What is shown of a side: output tokens/s, W of all GPUs of the replica, median ITL, TPOT and TTFT, s."""
     return {
         "tokens_per_s": seen.throughput_tokens_per_s,
         "power_w": seen.power_w,
         "itl_p50_s": seen.itl.p50_s,
+        "tpot_p50_s": seen.tpot.p50_s,
         "ttft_p50_s": seen.ttft.p50_s,
     }
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """The JSON object: every row with both sides and errors, the largest errors, and whether all are within limits."""
+    """The JSON object: every row with both sides and errors, the largest errors, the attainment of all windows together
+    on either side, and whether all are within limits."""
     errors = {name: max(abs(row["errors"][name] or 0.0) for row in rows) for name in LIMITS}
-    return {"within": all(map(within, rows)), "largest_errors": errors, "rows": list(rows)}
+    live, simulated = (_attainment([row[f"{side}_verdicts"] for row in rows]) for side in ("live", "simulated"))
+    alike = live is not None and simulated is not None and abs(simulated - live) <= ATTAINMENT_LIMIT
+    return {
+        "within": all(map(within, rows)) and alike,
+        "largest_errors": errors,
+        "live_attainment": live,
+        "simulated_attainment": simulated,
+        "rows": list(rows),
+    }
+
+
+def _verdicts(first: Reading, last: Reading) -> dict[str, int]:
+    """How many requests were judged good, and late, between two readings."""
+    assert first.engine is not None
+    assert last.engine is not None
+    found = last.engine.verdicts - first.engine.verdicts
+    return {"good": found.good, "late": found.late}
+
+
+def _attainment(verdicts: Sequence[Mapping[str, int]]) -> float | None:
+    return share_of(sum(v["good"] for v in verdicts), sum(v["late"] for v in verdicts))
 
 
 def _error(live: float | None, simulated: float | None) -> float | None:

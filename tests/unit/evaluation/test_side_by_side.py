@@ -49,12 +49,12 @@ def run(setting, stage, seed=3):
     return simulated(setting, stage, requests_of(stage, setting.fleet, looks_s[-1], seed), looks_s)
 
 
-def reading(time_s, tokens, energy_j, itl_s, count):
+def reading(time_s, tokens, energy_j, itl_s, count, late=0):
     """Counters of an engine all of whose tokens came `itl_s` apart."""
     counts = [0] * (len(LATENCY_EDGES_S) + 1)
     counts[next(i for i, edge_s in enumerate(LATENCY_EDGES_S) if itl_s <= edge_s)] = count
     histograms = {f"{name}_counts": tuple(counts) for name in ("ttft", "tpot", "itl")}
-    engine = EngineTelemetry(time_s, 4, 0, 0.1, 0, tokens, 0, 0, 4, 32, 0, Verdicts(), **histograms)
+    engine = EngineTelemetry(time_s, 4, 0, 0.1, 0, tokens, 0, 0, 4, 32, 0, Verdicts(count, late), **histograms)
     return Reading(time_s, engine, energy_j, 200.0)
 
 
@@ -116,7 +116,7 @@ def test_every_window_of_a_stage_is_compared_and_judged_by_each_limit():
     far = [{"m": reading(5.0, 0, 0.0, 0.05, 0)}, {"m": reading(15.0, 1050, 1750.0, 0.05, 900)}]
     (row,) = rows_of(FULL, live, close)
     assert row["what"] == "250 W, batch 16, load 1.3"
-    assert row["errors"] == pytest.approx({"tokens_per_s": 0.05, "power_w": -0.05, "itl_p50_s": 0.0})
+    assert row["errors"] == pytest.approx({"tokens_per_s": 0.05, "power_w": -0.05, "itl_p50_s": 0.0, "tpot_p50_s": 0.0})
     assert cells(row)[:2] == ["100.0 / 105.0, +5.0%", "200 / 190, -5.0%"]
     assert within(row)
     assert summary([row])["within"]
@@ -126,6 +126,15 @@ def test_every_window_of_a_stage_is_compared_and_judged_by_each_limit():
     step = BudgetStep(1200.0, 600.0, 0.7)
     later = [{"m": reading(30.0, 1000, 2000.0, 0.05, 900)}, {"m": reading(40.0, 1500, 3000.0, 0.05, 1300)}]
     assert [row["live"]["power_w"] for row in rows_of(step, live + later, close + later)] == [200, 100]
+
+
+def test_the_attainment_of_all_windows_together_is_compared():
+    live = [{"m": reading(10.0, 0, 0.0, 0.05, 0)}, {"m": reading(20.0, 1000, 2000.0, 0.05, 900, 100)}]
+    alike, worse = ([live[0], {"m": reading(20.0, 1000, 2000.0, 0.05, 900, late)}] for late in (95, 150))
+    found = summary(rows_of(FULL, live, alike))
+    assert (found["live_attainment"], found["within"]) == (0.9, True)
+    assert found["simulated_attainment"] == pytest.approx(900 / 995)
+    assert not summary(rows_of(FULL, live, worse))["within"]
 
 
 def test_a_side_without_tokens_is_beyond_the_limits():
