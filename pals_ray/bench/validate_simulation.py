@@ -22,8 +22,11 @@ from pals_ray.simulation.setting import SimSetting
 
 #: The format of each figure, and its factor from SI units.
 _SHOWN_AS = {
-    **{"tokens_per_s": (".1f", 1), "power_w": (".0f", 1)},
-    **{"itl_p50_s": (".0f", 1e3), "tpot_p50_s": (".0f", 1e3), "ttft_p50_s": (".0f", 1e3)},
+    "tokens_per_s": (".1f", 1),
+    "power_w": (".0f", 1),
+    "itl_p50_s": (".0f", 1e3),
+    "tpot_p50_s": (".0f", 1e3),
+    "ttft_p50_s": (".0f", 1e3),
 }
 
 
@@ -50,9 +53,10 @@ def run(seconds: float, seed: int) -> Report:
         f"beyond the limits ({limits}): {row['model']}, {row['what']}" for row in rows if not side_by_side.within(row)
     )
     found = side_by_side.summary(rows)
+    live_share, simulated_share = found["live_attainment"], found["simulated_attainment"]
     judged = (
-        f"attainment over all points: {found['live_attainment']:.1%} live, {found['simulated_attainment']:.1%} simulated "
-        f"(at most {side_by_side.ATTAINMENT_LIMIT:.0%} apart)"
+        f"attainment over all points: {live_share:.1%} live, {simulated_share:.1%} simulated (at most "
+        f"{side_by_side.ATTAINMENT_LIMIT:.0%} apart)"
     )
     return Report({"seconds": seconds, "seed": seed, **found}, shown, judged, legend, *beyond)
 
