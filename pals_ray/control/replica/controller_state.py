@@ -52,7 +52,7 @@ class ControllerConfig:
 
     #: A new cap has to raise the score by this, or to save `least_saving` of the replica's GPU watts.
     least_gain: float = 0.005
-    least_saving: float = 0.01
+    least_saving: float = 0.005
     #: The cap rises no sooner than this after its last change. A batch limit falls no sooner after its own.
     raise_dwell_s: float = 1.0
     #: The cap falls no sooner than this after its last change. A batch limit rises no sooner after its own.

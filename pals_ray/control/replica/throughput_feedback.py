@@ -32,9 +32,17 @@ def with_throughput(
         config.gains,
         at_most=here == len(on.cap_w) - 1,
         at_least=here == 0,
-        spare=telemetry.waiting == 0 and telemetry.running < config.spare_share * limit,
+        spare=_has_spare(seen, config, limit),
     )
     return replace(state, predicted_tokens_per_s=predicted, pid=pid, need=need)
+
+
+def _has_spare(seen: Situation, config: ControllerConfig, limit: int) -> bool:
+    """Whether more could be served than is to be: the batch is not full, or a target is exceeded as it is."""
+    telemetry, target = seen.telemetry, seen.target.throughput_tokens_per_s
+    if target is not None and telemetry.throughput_tokens_per_s > (1.0 + 2.0 * config.margin) * target:
+        return True
+    return telemetry.waiting == 0 and telemetry.running < config.spare_share * limit
 
 
 def _error(predicted: float, seen: Situation) -> float | None:
