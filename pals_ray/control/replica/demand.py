@@ -14,7 +14,7 @@ from pals_ray.types import ReplicaTelemetry
 RATE_LAG_S = 60.0
 DISPERSION_LAG_S = 180.0
 #: More requests in `RATE_S` than this many standard deviations above what the smoothed rate brings are no chance; or
-#: than this many while more run than that rate explains.
+#: than this many while more requests run than usual.
 SURGE_SIGMAS = 3.0
 CROWDED_SIGMAS = 1.0
 #: Fewer requests/s than this are none: the cap does not wait for the next one.
@@ -26,38 +26,41 @@ MOST_PEAKEDNESS = 8.0
 @dataclass(frozen=True, slots=True)
 class DemandState:
     """What is remembered of arrivals: their rate, requests/s, the dispersion of how many come in `RATE_S` (variance
-    over mean, 1 for Poisson), and for how long they have been watched, s. `window_per_s` is the rate over the last
-    `RATE_S` that dispersion was taken from, `window_s` how long ago that was."""
+    over mean, 1 for Poisson), how many requests run on average, and for how long all this has been watched, s.
+    `window_per_s` is the rate over the last `RATE_S` that dispersion was taken from, `window_s` how long ago that was.
+    """
 
     per_s: float = 0.0
     dispersion: float = 1.0
+    running: float = 0.0
     seen_s: float = 0.0
     window_per_s: float = 0.0
     window_s: float = 0.0
 
-    def after(self, seen: ReplicaTelemetry, dt_s: float, expected_running: float | None = None) -> DemandState:
+    def after(self, seen: ReplicaTelemetry, dt_s: float) -> DemandState:
         """Let `dt_s` pass with this telemetry. A surge is followed at once: as far as it can be no chance.
 
-        Where more run than were expected to, beyond chance too, arrivals need less to be a surge.
+        Where more requests run than usual, beyond chance too, arrivals need less to be a surge.
         """
         seen_s, now_per_s = self.seen_s + dt_s, seen.arriving_per_s
         if seen_s < RATE_S:
-            return DemandState(now_per_s, 1.0, seen_s, now_per_s)
-        per_s = self.per_s + (now_per_s - self.per_s) * _share(dt_s, seen_s, RATE_LAG_S)
-        came = now_per_s * RATE_S
-        crowded = expected_running is not None and seen.running_mean - expected_running > 2.0 * sqrt(expected_running)
-        sigmas = CROWDED_SIGMAS if crowded else SURGE_SIGMAS
+            return DemandState(now_per_s, 1.0, seen.running_mean, seen_s, now_per_s)
+        share = _share(dt_s, seen_s, RATE_LAG_S)
+        per_s = self.per_s + (now_per_s - self.per_s) * share
+        running = self.running + (seen.running_mean - self.running) * share
+        known = replace(self, per_s=per_s, running=running, seen_s=seen_s, window_s=self.window_s + dt_s)
+        crowded = seen.running_mean - self.running > 2.0 * sqrt(self.running)
+        came, sigmas = now_per_s * RATE_S, CROWDED_SIGMAS if crowded else SURGE_SIGMAS
         surge_per_s = (came - sigmas * sqrt(came * self.dispersion)) / RATE_S
         if surge_per_s > per_s:
-            return DemandState(surge_per_s, self.dispersion, seen_s, now_per_s)
-        window_s = self.window_s + dt_s
-        if window_s < RATE_S:
-            return DemandState(per_s, self.dispersion, seen_s, self.window_per_s, window_s)
+            return replace(known, per_s=surge_per_s, window_per_s=now_per_s, window_s=0.0)
+        if known.window_s < RATE_S:
+            return known
         # From window to window, so that a load that rises or falls steadily does not count as one that swings.
         both_per_s = now_per_s + self.window_per_s
         swing = (now_per_s - self.window_per_s) ** 2 * RATE_S / both_per_s if both_per_s > 0.0 else self.dispersion
-        dispersion = self.dispersion + (swing - self.dispersion) * _share(window_s, seen_s, DISPERSION_LAG_S)
-        return DemandState(per_s, dispersion, seen_s, now_per_s)
+        dispersion = self.dispersion + (swing - self.dispersion) * _share(known.window_s, seen_s, DISPERSION_LAG_S)
+        return replace(known, dispersion=dispersion, window_per_s=now_per_s, window_s=0.0)
 
     def arrivals(self, seen: ReplicaTelemetry, strain: float, latency: LatencyFactors) -> Arrivals | None:
         """What comes, as the queueing model takes it; None where requests are there, but none has ended yet."""

@@ -126,7 +126,7 @@ def _learnt(state: ControllerState, seen: Situation, config: ControllerConfig) -
         )
     dt_s = min(now_s - state.last_s, config.most_step_s)
     since_s = (state.queue_since_s if state.queue_since_s is not None else now_s) if seen.telemetry.waiting else None
-    demand = state.demand.after(seen.telemetry, dt_s, state.expected.running if state.expected else None)
+    demand = state.demand.after(seen.telemetry, dt_s)
     # Requests that came before demand was known were served at caps that nobody had chosen for them.
     verdicts = seen.telemetry.verdicts
     if demand.seen_s > RATE_LAG_S:

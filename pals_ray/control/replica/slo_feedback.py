@@ -23,7 +23,7 @@ SHORT = 1.0 / 10.0
 #: Late requests are a cluster where they are more than so many times as many as allowed over the short window.
 CLUSTER = 4.0
 #: A late request counts for so many at most.
-FASTEST = 3.0
+FASTEST = 2.0
 
 
 @dataclass(frozen=True, slots=True)

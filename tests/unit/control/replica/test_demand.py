@@ -62,10 +62,10 @@ def test_a_load_that_rises_steadily_does_not_count_as_one_that_swings():
     assert arrivals(state).peakedness < 1.5
 
 
-def test_while_more_run_than_the_rate_explains_less_is_a_surge():
-    calm = DemandState(per_s=1.0, seen_s=1000.0)
+def test_while_more_run_than_usual_less_is_a_surge():
+    calm = DemandState(per_s=1.0, running=10.0, seen_s=1000.0)
     busier = [ReplicaTelemetry(arriving_per_s=2.5, running_mean=ran) for ran in (10.0, 30.0)]
-    usual, crowded = (calm.after(seen, BEAT_S, expected_running=10.0) for seen in busier)
+    usual, crowded = (calm.after(seen, BEAT_S) for seen in busier)
     assert usual.per_s == pytest.approx(1.0, rel=0.05)
     assert crowded.per_s > 1.5
 

@@ -50,7 +50,7 @@ def serving(running, waiting=0, throughput=0.0, power_w=390.0, binding=1.0, **mo
 
 
 def demand(tokens_per_s):
-    return DemandState(tokens_per_s / OUTPUT, 1.0, 1000.0)
+    return DemandState(tokens_per_s / OUTPUT, seen_s=1000.0)
 
 
 def at(cap_w, batch_limit=64, **changes):
@@ -129,7 +129,9 @@ def test_a_cap_that_does_not_bind_is_not_raised():
 def test_the_batch_limit_is_as_large_as_tpot_and_itl_allow_at_the_cap():
     busy = serving(running=20, throughput=120.0)
     assert decide(ControllerState(), situation(telemetry=busy)).point.batch_limit == 64
-    assert decide(ControllerState(), situation(telemetry=busy, target=slo(tpot_s=0.25))).point.batch_limit < 64
+    assert decide(ControllerState(), situation(telemetry=busy, target=slo(tpot_s=0.25))).point.batch_limit == 64
+    much = at(400.0, demand=demand(600.0))
+    assert decide(much, situation(telemetry=busy, target=slo(tpot_s=0.25))).point.batch_limit < 64
     assert decide(ControllerState(), situation(telemetry=busy, target=slo(itl_p99_s=0.25))).point.batch_limit < 64
     lost = decide(ControllerState(), situation(telemetry=busy, target=slo(tpot_s=0.01)))
     assert lost.point.batch_limit == 64, "nobody keeps it: then as many as can be served"
