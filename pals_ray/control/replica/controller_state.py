@@ -47,7 +47,7 @@ class ControllerConfig:
     gains: Gains = field(default_factory=Gains)
 
     #: Capacity has to exceed what is wanted by this share. A lower cap has to do for `hysteresis` more demand.
-    margin: float = 0.05
+    margin: float = 0.03
     hysteresis: float = 0.03
 
     #: A new cap has to raise the score by this, or to save `least_saving` of the replica's GPU watts.

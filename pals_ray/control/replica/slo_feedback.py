@@ -17,11 +17,13 @@ from pals_ray.types import Slo, Verdicts
 STEP = 0.05
 LEAST, MOST = -0.5, 0.5
 #: The part of the error budget that is planned to be spent; the rest is for what nobody foresees.
-SPEND = 0.6
+SPEND = 0.7
 #: The short window is this part of the SLO's.
 SHORT = 1.0 / 10.0
 #: Late requests are a cluster where they are more than so many times as many as allowed over the short window.
 CLUSTER = 4.0
+#: A good request counts for so many while hardly any was late over the whole window.
+CLEAN = 2.0
 #: A late request counts for so many at most.
 FASTEST = 2.0
 
@@ -59,13 +61,13 @@ class SloFeedback:
             return SloFeedback(self.strain, verdicts)
         short = self.short.after(new.late, new.judged, dt_s, SHORT * slo.window_s)
         long = self.long.after(new.late, new.judged, dt_s, slo.window_s)
-        strain, allowed = self.strain, SPEND * (1.0 - slo.attainment)
+        # What was judged longer ago than the window counts no more.
+        strain, allowed = self.strain * exp(-dt_s / slo.window_s), SPEND * (1.0 - slo.attainment)
         burn = min(short.rate(slo.attainment), long.rate(slo.attainment))
         if new.late and servable:
             # Requests are late in clusters, by one cause: beyond what is allowed each further one says less.
             cluster, usual = self.short.late, 1.0 + CLUSTER * allowed * short.judged
             strain += STEP * usual * log1p(new.late / (cluster + usual)) * min(max(burn, 1.0), FASTEST)
         if short.rate(slo.attainment) <= SPEND:
-            # What was late longer ago than the window counts no more.
-            strain = min(strain, strain * exp(-dt_s / slo.window_s)) - STEP * allowed * new.good
+            strain -= STEP * allowed * new.good * (CLEAN if long.rate(slo.attainment) < SPEND / 4.0 else 1.0)
         return SloFeedback(min(max(strain, LEAST), MOST), verdicts, short, long)
