@@ -10,11 +10,10 @@ their peakedness.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from math import log, sqrt
+from math import log, pi, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
 from pals_ray.control.replica.prediction import Surface
 from pals_ray.control.snapshot import Arrivals
@@ -24,6 +23,7 @@ from pals_ray.types import Slo, Target
 #: The 99th percentile of a normal deviate.
 _P99 = 2.326
 _EPS = 1e-12
+_NORMAL_PEAK = 1.0 / sqrt(2.0 * pi)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,19 @@ def tpot_p99_s(on: Surface, tpot_s: FloatArray, output_tokens: float) -> FloatAr
 def _share_within(p50_s: FloatArray, p99_s: FloatArray, limit_s: float) -> FloatArray:
     """The share of a lognormal latency with these percentiles within a limit."""
     spread = np.log(np.maximum(p99_s / p50_s, 1.0 + 1e-6)) / _P99
-    return np.asarray(ndtr(np.log(limit_s / p50_s) / spread))
+    return _normal_cdf(np.log(limit_s / p50_s) / spread)
+
+
+def _normal_cdf(deviate: FloatArray) -> FloatArray:
+    """The standard normal distribution function, to 1e-7 (Abramowitz and Stegun, 1964, 26.2.17).
+
+    SciPy has it too, for 27 MB more in every agent.
+    """
+    size = np.minimum(np.abs(deviate), 40.0)
+    t = 1.0 / (1.0 + 0.2316419 * size)
+    terms = t * (0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
+    tail = np.exp(-0.5 * size * size) * _NORMAL_PEAK * terms
+    return np.asarray(np.where(deviate > 0.0, 1.0 - tail, tail))
 
 
 def _geometric(log_ratio: FloatArray, terms: FloatArray) -> tuple[FloatArray, FloatArray]:
