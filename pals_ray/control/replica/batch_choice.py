@@ -20,6 +20,8 @@ IntArray = NDArray[np.intp]
 EPS = 1e-9
 #: The largest share of capacity that a larger batch may lose against a smaller one.
 MOST_CAPACITY_LOSS = 0.03
+#: A smaller batch limit has to raise the attainment by this.
+LEAST_BETTER = 1e-3
 
 
 @lru_cache(maxsize=256)
@@ -74,7 +76,11 @@ def with_batch_limits(queue: QueueingModel, arrivals: Arrivals, most_batch: floa
     kept = fit & (queue.tpot_s <= slo.tpot_s)
     fewer = np.where(kept.any(axis=1), _last(kept), most)
     limited = queue.attained(fewer, arrivals)
-    better = limited.attainment + limited.good_share > found.attainment + found.good_share
+    if slo.ttft_s is None:
+        better = limited.good_share > found.good_share + LEAST_BETTER
+    else:
+        # Where requests wait beyond their TTFT limit whatever the batch, a smaller one would only serve fewer tokens.
+        better = limited.attainment > found.attainment + LEAST_BETTER
     return np.where(better, fewer, most), chosen(better, limited, found)
 
 

@@ -10,13 +10,16 @@ from pals_ray.control.snapshot import Arrivals, LatencyFactors
 from pals_ray.control.telemetry import RATE_S
 from pals_ray.types import ReplicaTelemetry
 
-#: Time constants of the smoothed rate of arrivals and of their dispersion, s.
+#: Time constants of the smoothed rate of arrivals and of their dispersion, s. Where few come the rate is that of so
+#: many requests, as far as they came within the longest time constant.
 RATE_LAG_S = 60.0
 DISPERSION_LAG_S = 180.0
+ENOUGH_REQUESTS = 150.0
+MOST_LAG_S = 300.0
 #: More requests in `RATE_S` than this many standard deviations above what the smoothed rate brings are no chance; or
 #: than this many while more requests run than usual.
 SURGE_SIGMAS = 3.0
-CROWDED_SIGMAS = 1.0
+CROWDED_SIGMAS = 1.5
 #: Fewer requests/s than this are none: the cap does not wait for the next one.
 SILENT_PER_S = 1.0 / 300.0
 #: Peakedness is taken from few arrivals and a short window, so it is kept in a range.
@@ -45,7 +48,8 @@ class DemandState:
         seen_s, now_per_s = self.seen_s + dt_s, seen.arriving_per_s
         if seen_s < RATE_S:
             return DemandState(now_per_s, 1.0, seen.running_mean, seen_s, now_per_s)
-        share = _share(dt_s, seen_s, RATE_LAG_S)
+        few_lag_s = min(ENOUGH_REQUESTS / max(self.per_s, 1e-3), MOST_LAG_S) if seen.running_mean > 0.0 else 0.0
+        share = _share(dt_s, seen_s, max(RATE_LAG_S, few_lag_s))
         per_s = self.per_s + (now_per_s - self.per_s) * share
         running = self.running + (seen.running_mean - self.running) * share
         known = replace(self, per_s=per_s, running=running, seen_s=seen_s, window_s=self.window_s + dt_s)
