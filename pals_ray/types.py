@@ -163,11 +163,11 @@ class EngineTelemetry:
     ttft_counts: tuple[int, ...]
     tpot_counts: tuple[int, ...]
     itl_counts: tuple[int, ...]
-    unjudged: int = 0
     steps: int = 0
     late_steps: int = 0
     modelled_s: float = 0.0
     wall_s: float = 0.0
+    unjudged: int = 0
 
 
 #: Upper edges of the TTFT and ITL histograms, s: 5 % steps from 1 ms to about 141 s.
