@@ -13,6 +13,7 @@ from tests.support.fleets import sampled_limits, wait_for
 
 PREDICTED = [{"llm_config": {"model_loading_config": {"model_id": "dummy"}}, "stands_for": "Qwen3-32B"}]
 NATURAL_W = 280.0
+OUTPUT_TOKENS = 50
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,9 @@ def loaded(fleet, replica, running=24, tokens_per_s=300.0):
             gpu.record_step(last_s, now_s + 0.05, min(limit_w, NATURAL_W), binding=limit_w < NATURAL_W)
             replica.block.field("running")[0] = running
             replica.block.field("generation_tokens")[0] += int(made)
+            ended = int(replica.block.field("generation_tokens")[0]) // OUTPUT_TOKENS
+            replica.block.field("requests_finished")[0] = ended
+            replica.block.field("arrived")[0] = ended + running
             made, last_s = made % 1, now_s
         replica.block.field("running")[0] = 0
 
