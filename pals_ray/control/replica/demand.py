@@ -19,7 +19,7 @@ MOST_LAG_S = 300.0
 #: More requests in `RATE_S` than this many standard deviations above what the smoothed rate brings are no chance; or
 #: than this many while more requests run than usual.
 SURGE_SIGMAS = 3.0
-CROWDED_SIGMAS = 1.5
+CROWDED_SIGMAS = 1.0
 #: Fewer requests/s than this are none: the cap does not wait for the next one.
 SILENT_PER_S = 1.0 / 300.0
 #: Peakedness is taken from few arrivals and a short window, so it is kept in a range.
@@ -55,7 +55,7 @@ class DemandState:
         known = replace(self, per_s=per_s, running=running, seen_s=seen_s, window_s=self.window_s + dt_s)
         crowded = seen.running_mean - self.running > 2.0 * sqrt(self.running)
         came, sigmas = now_per_s * RATE_S, CROWDED_SIGMAS if crowded else SURGE_SIGMAS
-        surge_per_s = (came - sigmas * sqrt(came * self.dispersion)) / RATE_S
+        surge_per_s = (came - 1.0 - sigmas * sqrt(came * self.dispersion)) / RATE_S  # one alone is always chance
         if surge_per_s > per_s:
             return replace(known, per_s=surge_per_s, window_per_s=now_per_s, window_s=0.0)
         if known.window_s < RATE_S:

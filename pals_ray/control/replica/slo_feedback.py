@@ -17,7 +17,7 @@ from pals_ray.types import Slo, Verdicts
 STEP = 0.05
 LEAST, MOST = -0.5, 0.5
 #: The part of the error budget that is planned to be spent; the rest is for what nobody foresees.
-SPEND = 0.7
+SPEND = 0.65
 #: The short window is this part of the SLO's.
 SHORT = 1.0 / 10.0
 #: Late requests are a cluster where they are more than so many times as many as allowed over the short window.

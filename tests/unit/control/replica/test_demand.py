@@ -67,7 +67,7 @@ def test_while_more_run_than_usual_less_is_a_surge():
     busier = [ReplicaTelemetry(arriving_per_s=2.5, running_mean=ran) for ran in (10.0, 30.0)]
     usual, crowded = (calm.after(seen, BEAT_S) for seen in busier)
     assert usual.per_s == pytest.approx(1.0, rel=0.05)
-    assert crowded.per_s > 1.4
+    assert crowded.per_s > 1.5
 
 
 def test_replicas_alike_plan_for_their_mean_as_far_as_a_rate_can_be_that_by_chance():
