@@ -104,11 +104,8 @@ class Posterior:
         inflation = np.ones(2 * n)
         limit = np.repeat([_THROUGHPUT_OUTLIER_STDS, _POWER_OUTLIER_STDS], n)
         design = self._design(self._log2)
+        factor = self._covariance_factor(theta, noise, design)
         for last in [False] * (_PASSES - 1) + [True]:
-            depth = self._shape(theta, self._cap, self._log2, design).log_depth
-            covariance = self._kernel(depth, self._log2, depth, self._log2)
-            covariance[np.diag_indices(2 * n)] += (noise * inflation) ** 2
-            factor = np.asarray(cholesky(covariance, lower=True))
 
             def residuals(t: FloatArray, factor: FloatArray = factor) -> FloatArray:
                 gap = self._measured - self._shape(t, self._cap, self._log2, design).logs
@@ -116,6 +113,9 @@ class Posterior:
 
             found = least_squares(residuals, theta, x_scale=self._std, max_nfev=_MAX_EVALUATIONS)
             theta = found.x
+            slopes = -(factor @ np.asarray(found.jac)[: 2 * n])
+            # The residual is smooth over the depths that this fit has found, no longer over those that it began with.
+            factor = self._covariance_factor(theta, noise * inflation, design)
             gap = self._measured - self._shape(theta, self._cap, self._log2, design).logs
             weights = np.asarray(cho_solve((factor, True), gap))
             # Leave-one-out residuals in closed form (Rasmussen and Williams, eq. 5.12), in standard deviations.
@@ -123,15 +123,23 @@ class Posterior:
             left_out = np.abs(weights) / np.sqrt(inverse_diagonal)
             if not last:
                 inflation = np.maximum(inflation, np.maximum(left_out / limit, 1.0) ** 2)
+                factor = self._covariance_factor(theta, noise * inflation, design)
         self.theta, self.inflation = theta, inflation
-        self._depth, self._factor, self._weights = depth, factor, weights
-        jacobian = np.asarray(found.jac)
-        self._theta_covariance = np.linalg.inv(jacobian.T @ jacobian)
-        self._slopes = -(factor @ jacobian[: 2 * n])
+        self._depth = self._shape(theta, self._cap, self._log2, design).log_depth
+        self._factor, self._weights, self._slopes = factor, weights, slopes
+        whitened = np.asarray(solve_triangular(factor, slopes, lower=True))
+        self._theta_covariance = np.linalg.inv(whitened.T @ whitened + np.diag(self._std**-2.0))
         self._excess = tuple(
             float(np.clip(np.sqrt(np.mean(np.minimum(half, _EXCESS_LIMIT) ** 2)), 1.0, _EXCESS_LIMIT))
             for half in (left_out[:n], left_out[n:])
         )
+
+    def _covariance_factor(self, theta: FloatArray, noise: FloatArray, design: FloatArray) -> FloatArray:
+        """The Cholesky factor of the measured logs' covariance around the form."""
+        depth = self._shape(theta, self._cap, self._log2, design).log_depth
+        covariance = self._kernel(depth, self._log2, depth, self._log2)
+        covariance[np.diag_indices(2 * self._count)] += noise**2
+        return np.asarray(cholesky(covariance, lower=True))
 
     def mean_logs(self, cap_w: ArrayLike, batch: ArrayLike) -> tuple[FloatArray, FloatArray, Shape]:
         """Mean of log throughput and of log power of one GPU at 1-d points, and the form's shape there."""
