@@ -61,13 +61,12 @@ class Candidates:
 def candidates(
     queue: QueueingModel,
     arrivals: Arrivals,
-    wanted: float,
     state: ControllerState,
     seen: Situation,
     config: ControllerConfig,
 ) -> Candidates:
-    """The candidates for what arrives, of which `wanted`, tokens/s, are to be served."""
-    on, slo = queue.on, queue.slo
+    """The candidates for what arrives."""
+    on, slo, wanted = queue.on, queue.slo, wanted_tokens_per_s(arrivals.tokens_per_s, seen)
     caps = np.arange(len(on.cap_w))
     share = min(wanted / max(arrivals.tokens_per_s, EPS), 1.0)
     planned = arrivals.times(share * state.need)
@@ -78,7 +77,8 @@ def candidates(
         found = queue.attained(column, planned)
     capacity = on.capacity_tokens_per_s[caps, column]
     drains = np.minimum(capacity / max(_to_serve_now(arrivals, wanted, state, seen), EPS), 1.0)
-    needed = wanted * state.need * (1.0 + config.margin)
+    # Demand swings, a target does not.
+    needed = wanted_tokens_per_s((1.0 + config.margin) * arrivals.tokens_per_s, seen) * state.need
     served = np.minimum(capacity / max(needed, EPS), 1.0) * drains
     served *= _pace(on, found.running, seen, wanted) * _present(queue, seen)
 
@@ -97,6 +97,12 @@ def candidates(
         power_w=comes.power_w,
         joules_per_token=node_w / np.maximum(np.minimum(capacity, arrivals.tokens_per_s), 1.0),
     )
+
+
+def wanted_tokens_per_s(demand_tokens_per_s: float, seen: Situation) -> float:
+    """What is to be served: all demand, or the target where that is less."""
+    target = seen.target.throughput_tokens_per_s
+    return demand_tokens_per_s if target is None else min(demand_tokens_per_s, target)
 
 
 def _to_serve_now(arrivals: Arrivals, wanted: float, state: ControllerState, seen: Situation) -> float:

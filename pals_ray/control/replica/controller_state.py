@@ -26,7 +26,7 @@ class Gains:
     proportional: float = 0.3
     integral_per_s: float = 0.1
     derivative_s: float = 0.3
-    dead_band: float = 0.01
+    dead_band: float = 0.003
     persist_s: float = 1.5
     unwind_s: float = 20.0
 
@@ -46,13 +46,13 @@ class ControllerConfig:
 
     gains: Gains = field(default_factory=Gains)
 
-    #: Capacity has to exceed what is wanted by this share. A lower cap has to do for `hysteresis` more demand.
+    #: Capacity has to exceed demand by this share. A lower cap has to do for `hysteresis` more demand.
     margin: float = 0.03
     hysteresis: float = 0.03
 
     #: A new cap has to raise the score by this, or to save `least_saving` of the replica's GPU watts.
     least_gain: float = 0.005
-    least_saving: float = 0.005
+    least_saving: float = 0.002
     #: The cap rises no sooner than this after its last change. A batch limit falls no sooner after its own.
     raise_dwell_s: float = 1.0
     #: The cap falls no sooner than this after its last change. A batch limit rises no sooner after its own.

@@ -12,11 +12,11 @@ from pals_ray.control.snapshot import LatencyFactors
 
 #: Time constants, s: of the prediction, as long as the window of the measured percentiles; and of their ratio.
 WINDOW_S = 60.0
-RATIO_LAG_S = 180.0
+RATIO_LAG_S = 80.0
 #: Before anything is measured the p99 of TTFT is taken for so many times the predicted one, since some prompts are
 #: longer than the mean; that counts as much as so many s of measuring.
 LONG_PROMPTS = 3.0
-PRIOR_S = 30.0
+PRIOR_S = 15.0
 MOST_LOG = log(8.0)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from pals_ray.control.replica.attainment import QueueingModel, tpot_p99_s
 from pals_ray.control.replica.batch_choice import EPS, batch_axis, limit_under_kv_pressure, paced_limit, snap
-from pals_ray.control.replica.candidates import candidates, cap_axis_w
+from pals_ray.control.replica.candidates import candidates, cap_axis_w, wanted_tokens_per_s
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Decision, Situation
 from pals_ray.control.replica.demand import RATE_LAG_S, toward
 from pals_ray.control.replica.hysteresis import firm_cut, next_cap
@@ -46,25 +46,24 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig = D
     arrivals = state.demand.arrivals(seen.telemetry, state.slo.strain, state.latency.factors)
     if seen.alike is not None:
         arrivals = toward(arrivals, seen.alike)
-    if arrivals is None:
+    # Of the first requests the short ones end first, so at first both lengths and demand seem less than they are.
+    if arrivals is None or (arrivals.per_s > 0.0 and state.demand.seen_s < RATE_LAG_S):
         limit = seen.max_batch if seen.pin_batch_limit is None else seen.pin_batch_limit
         point = OperatingPoint(seen.ceiling_w, snap(limit, seen.max_batch))
-        return _decided(state, seen, point, "no request has ended yet: as much as the grant allows", None)
+        return _decided(state, seen, point, "demand is not known yet: as much as the grant allows", None)
     terms = seen.terms
     axis = cap_axis_w(terms.min_limit_w, seen.ceiling_w, terms.max_limit_w, present_w)
     here = int(np.searchsorted(axis, min(max(present_w, axis[0]), seen.ceiling_w)))
     on = predict_at(seen.model, axis, batch_axis(seen.max_batch))
-    target = seen.target.throughput_tokens_per_s
-    wanted = arrivals.tokens_per_s if target is None else min(arrivals.tokens_per_s, target)
     state = with_throughput(state, seen, config, on, here)
     if state.demand.seen_s > RATE_LAG_S:
         state = _with_latency(state, seen, on, here)
     queue = QueueingModel.of(on, arrivals, seen.target.slo)
-    found = candidates(queue, arrivals, wanted, state, seen, config)
+    found = candidates(queue, arrivals, state, seen, config)
     best = found.best()
     if best < here and found.score[best] >= 1.0 - EPS:
-        more = 1.0 + config.hysteresis
-        best = firm_cut(candidates(queue, arrivals.times(more), more * wanted, state, seen, config), here)
+        more = arrivals.times(1.0 + config.hysteresis)
+        best = firm_cut(candidates(queue, more, state, seen, config), here)
     if seen.pin_cap_w is not None:
         chosen, why = len(axis) - 1, "the grant pins the cap"
     elif cut:
@@ -79,7 +78,7 @@ def decide(state: ControllerState, seen: Situation, config: ControllerConfig = D
         limit = batch if cut else paced_limit(state, seen, config, batch, limit)
     expected = Expected(
         demand_tokens_per_s=arrivals.tokens_per_s,
-        wanted_tokens_per_s=wanted,
+        wanted_tokens_per_s=wanted_tokens_per_s(arrivals.tokens_per_s, seen),
         capacity_tokens_per_s=float(found.capacity_tokens_per_s[chosen]),
         attainment=float(found.attainment[chosen]),
         running=float(found.running[chosen]),

@@ -10,8 +10,8 @@ import numpy as np
 from pals_ray.control.replica.controller_state import ControllerConfig, ControllerState, Gains, PidState, Situation
 from pals_ray.control.replica.prediction import Surface
 
-#: A correction doubles or halves at most.
-_MOST_LOG = math.log(2.0)
+#: A correction doubles what is planned for at most, and takes a little off it where a target is exceeded.
+_MOST_LOG, _LEAST_LOG = math.log(2.0), -0.03
 
 
 def with_throughput(
@@ -38,24 +38,21 @@ def with_throughput(
 
 
 def _has_spare(seen: Situation, config: ControllerConfig, limit: int) -> bool:
-    """Whether more could be served than is to be: the batch is not full, or a target is exceeded as it is."""
-    telemetry, target = seen.telemetry, seen.target.throughput_tokens_per_s
-    if target is not None and telemetry.throughput_tokens_per_s > (1.0 + 2.0 * config.margin) * target:
-        return True
-    return telemetry.waiting == 0 and telemetry.running < config.spare_share * limit
+    """Whether more could be served than is to be: the batch is not full."""
+    return seen.telemetry.waiting == 0 and seen.telemetry.running < config.spare_share * limit
 
 
 def _error(predicted: float, seen: Situation) -> float | None:
     """1 - served / what was to be served while requests wait: the target, or the model's prediction if that is less.
 
-    Serving more than that is none (None).
+    Serving more than predicted is none (None); more than the target is one.
     """
     target = seen.target.throughput_tokens_per_s
     aim = predicted if target is None else min(predicted, target)
     if aim <= 0:
         return None
     error = 1.0 - seen.telemetry.throughput_tokens_per_s / aim
-    return error if error > 0 else None
+    return error if error > 0 or aim == target else None
 
 
 def pid_step(
@@ -69,7 +66,7 @@ def pid_step(
     at_least: bool,
     spare: bool,
 ) -> tuple[PidState, float]:
-    """One step: the new state and the factor, in [0.5, 2], that the required capacity is to be multiplied by.
+    """One step: the new state and the factor, in [0.97, 2], that the required capacity is to be multiplied by.
 
     `error` is None where what is served says nothing of capacity, because nothing waits: then only the integral counts,
     and it unwinds with `spare` capacity. With `at_most` or `at_least` the cap is at that end of its range, and the
@@ -92,4 +89,4 @@ def pid_step(
 
 
 def _clamped(log: float) -> float:
-    return min(max(log, -_MOST_LOG), _MOST_LOG)
+    return min(max(log, _LEAST_LOG), _MOST_LOG)

@@ -53,6 +53,11 @@ def demand(tokens_per_s):
     return DemandState(tokens_per_s / OUTPUT, seen_s=1000.0)
 
 
+def watched(tokens_per_s):
+    """A controller that knows its demand and has not chosen yet."""
+    return ControllerState(demand=demand(tokens_per_s))
+
+
 def at(cap_w, batch_limit=64, **changes):
     return ControllerState(point=OperatingPoint(cap_w, batch_limit), last_s=99.5, **changes)
 
@@ -128,19 +133,19 @@ def test_a_cap_that_does_not_bind_is_not_raised():
 
 def test_the_batch_limit_is_as_large_as_tpot_and_itl_allow_at_the_cap():
     busy = serving(running=20, throughput=120.0)
-    assert decide(ControllerState(), situation(telemetry=busy)).point.batch_limit == 64
-    assert decide(ControllerState(), situation(telemetry=busy, target=slo(tpot_s=0.25))).point.batch_limit == 64
+    assert decide(watched(120.0), situation(telemetry=busy)).point.batch_limit == 64
+    assert decide(watched(120.0), situation(telemetry=busy, target=slo(tpot_s=0.25))).point.batch_limit == 64
     much = at(400.0, demand=demand(600.0))
     assert decide(much, situation(telemetry=busy, target=slo(tpot_s=0.25))).point.batch_limit < 64
-    assert decide(ControllerState(), situation(telemetry=busy, target=slo(itl_p99_s=0.25))).point.batch_limit < 64
-    lost = decide(ControllerState(), situation(telemetry=busy, target=slo(tpot_s=0.01)))
+    assert decide(watched(120.0), situation(telemetry=busy, target=slo(itl_p99_s=0.25))).point.batch_limit < 64
+    lost = decide(watched(120.0), situation(telemetry=busy, target=slo(tpot_s=0.01)))
     assert lost.point.batch_limit == 64, "nobody keeps it: then as many as can be served"
 
 
 def test_of_the_points_that_attain_what_is_asked_it_takes_the_least_watts():
     busy = serving(running=12, throughput=80.0)
-    strict = decide(ControllerState(), situation(telemetry=busy, target=slo(ttft_s=0.3, tpot_s=0.2))).state.expected
-    loose = decide(ControllerState(), situation(telemetry=busy, target=slo(ttft_s=5.0, tpot_s=2.0))).state.expected
+    strict = decide(watched(80.0), situation(telemetry=busy, target=slo(ttft_s=0.3, tpot_s=0.2))).state.expected
+    loose = decide(watched(80.0), situation(telemetry=busy, target=slo(ttft_s=5.0, tpot_s=2.0))).state.expected
     assert strict.attainment >= 0.99
     assert loose.attainment >= 0.99
     assert loose.node_w < strict.node_w
@@ -148,7 +153,7 @@ def test_of_the_points_that_attain_what_is_asked_it_takes_the_least_watts():
 
 def test_where_none_attains_it_takes_the_most_good_tokens():
     flood = serving(running=64, waiting=30, throughput=200.0, arriving_per_s=20.0, arriving_long_per_s=20.0)
-    decision = decide(ControllerState(), situation(telemetry=flood, target=slo(ttft_s=2.0, tpot_s=1.0)))
+    decision = decide(watched(400.0), situation(telemetry=flood, target=slo(ttft_s=2.0, tpot_s=1.0)))
     assert decision.point.cap_w > 300.0
     assert not decision.state.servable
 
@@ -187,13 +192,13 @@ def test_a_burst_on_a_resting_replica_is_served_as_fast_as_the_grant_allows_unti
 
 
 def test_the_batch_limit_stops_where_the_curve_falls():
-    decision = decide(ControllerState(), situation(model=Decode(falls_from=32), telemetry=serving(32, 9, 100.0)))
+    decision = decide(watched(100.0), situation(model=Decode(falls_from=32), telemetry=serving(32, 9, 100.0)))
     assert decision.point.batch_limit == 32
 
 
 def test_a_full_kv_cache_lowers_the_batch_limit_and_room_gives_it_back():
     full = serving(running=50, waiting=5, throughput=200.0, kv_use=0.99)
-    pressed = decide(at(400.0), situation(telemetry=full))
+    pressed = decide(at(400.0, demand=demand(200.0)), situation(telemetry=full))
     assert pressed.point.batch_limit == 40
     room = replace(full, running=30, waiting=0, kv_use=0.5)
     state, limits = pressed.state, []
@@ -206,7 +211,7 @@ def test_a_full_kv_cache_lowers_the_batch_limit_and_room_gives_it_back():
 
 
 def test_a_decision_remembers_what_it_expects_until_the_next_one():
-    first = decide(ControllerState(), situation(telemetry=serving(10, 0, 90.0)))
+    first = decide(watched(90.0), situation(telemetry=serving(10, 0, 90.0)))
     assert first.state.expected.demand_tokens_per_s == pytest.approx(90.0, rel=0.1)
     second = decide(first.state, situation(now_s=100.5, telemetry=serving(12, 0, 95.0, power_w=130.0)))
     assert second.state.expected is not first.state.expected
@@ -222,7 +227,7 @@ def test_a_decision_asks_the_model_twice_at_most_and_for_few_points():
             assert answer.power_w.size < 5000
             return answer
 
-    model, state = Counted(), ControllerState()
+    model, state = Counted(), watched(200.0)
     for beat in range(30):
         model.asked = 0
         seen = situation(now_s=beat / 2, model=model, max_batch=512, telemetry=serving(40, 3, 200.0))
@@ -235,9 +240,9 @@ def test_a_decision_asks_the_model_twice_at_most_and_for_few_points():
 
 def test_far_below_capacity_it_settles_at_the_lowest_watts_that_serve():
     loop = make_loop()
-    loop.offer(300.0, 60)
-    decisions = loop.run(60)
-    assert max(caps(decisions[40:])) <= 230.0, (
+    loop.offer(300.0, 110)
+    decisions = loop.run(110)
+    assert max(caps(decisions[160:])) <= 230.0, (
         "the lowest, or a little more so that no step is slower than at full load"
     )
     assert {d.point.batch_limit for d in decisions} == {128}
@@ -253,10 +258,10 @@ def test_clients_that_wait_for_their_answers_are_not_taken_for_less_and_less_dem
 
     loop = make_loop(spec, "A100-SXM", 32, tensor=tensor, output=600.0)
     loop.keep(16, prompt=64, output=96)
-    loop.run(60)
+    loop.run(110)
     before = loop.window.summary().throughput_tokens_per_s
     assert before > 0.85 * uncapped_tokens_per_s
-    assert max(caps(loop.decisions[60:])) < 400.0, "watts that buy nothing are not taken"
+    assert max(caps(loop.decisions[160:])) < 400.0, "watts that buy nothing are not taken"
     loop.ceiling_w = low_w
     loop.run(30)
     assert loop.window.summary().throughput_tokens_per_s < 0.8 * before
@@ -273,14 +278,13 @@ def test_without_limits_no_watts_are_spent_on_a_crowd_that_a_fixed_number_of_cli
 
     loop = make_loop("Qwen3-32B", "A100-SXM", 32, output=600.0)
     loop.keep(16, prompt=64, output=96)
-    loop.run(30)
+    loop.run(170)
     tokens, joules, since_s = loop.plant.generated, loop.plant.energy_j, loop.plant.now_s
     loop.run(30)
     passed_s = loop.plant.now_s - since_s
     assert (loop.plant.generated - tokens) / passed_s > 0.9 * full.plant.generated / 30.0
-    # 0.9 of the speed of 16 sequences takes 0.73 of their draw on this A100. Kept to the slowest step of a full batch
-    # for 16 + 2 sqrt(16) it drew more.
-    assert (loop.plant.energy_j - joules) / passed_s < 0.73 * full.plant.energy_j / 30.0
+    # It settles at 0.99 of their speed at full power, with 0.86 of the draw.
+    assert (loop.plant.energy_j - joules) / passed_s < 0.88 * full.plant.energy_j / 30.0
 
 
 def test_at_a_steady_load_it_serves_nearly_all_and_does_not_cycle():
@@ -402,7 +406,7 @@ def test_an_error_counts_only_beyond_the_dead_band_and_once_it_has_persisted():
     gains, state = Gains(), PidState()
     free = {"at_most": False, "at_least": False, "spare": False}
     for beat in range(20):
-        state, factor = pid_step(state, 0.009, beat / 2, 0.5, gains, **free)
+        state, factor = pid_step(state, 0.0029, beat / 2, 0.5, gains, **free)
         assert factor == 1.0
     factors = []
     for beat in range(20, 28):
@@ -413,13 +417,13 @@ def test_an_error_counts_only_beyond_the_dead_band_and_once_it_has_persisted():
     assert factors[3] > 1.0
 
 
-def test_the_factor_stays_within_a_half_and_two_and_unwinds_with_capacity_to_spare():
+def test_the_factor_at_most_doubles_takes_little_off_and_unwinds_with_capacity_to_spare():
     gains = Gains()
-    for error, end in ((0.9, 2.0), (-3.0, 0.5)):
+    for error, end in ((0.9, 2.0), (-3.0, np.exp(-0.03))):
         state = PidState()
         for beat in range(200):
             state, factor = pid_step(state, error, beat / 2, 0.5, gains, at_most=False, at_least=False, spare=False)
-            assert 0.5 <= factor <= 2.0
+            assert 0.97 <= factor <= 2.0
         assert factor == pytest.approx(end)
         held, _ = pid_step(state, None, 100.0, 0.5, gains, at_most=False, at_least=False, spare=False)
         assert held.integral == state.integral

@@ -51,7 +51,7 @@ def test_without_demand_it_rests_and_under_load_it_works(model):
         idle, _ = choose(controller, beat / 2, seen=ReplicaTelemetry(power_w=60.0))
     assert idle.cap_w == 100.0
     busy = idle
-    for beat in range(40, 80):
+    for beat in range(40, 160):
         controller.look(beat / 2, BUSY)
         busy, reason = choose(controller, beat / 2, in_force_w=busy.cap_w)
     assert busy.cap_w > 200.0
