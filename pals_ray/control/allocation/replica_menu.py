@@ -8,6 +8,7 @@ import numpy as np
 
 from pals_ray.control.replica.attainment import QueueingModel, kept_pace, paced_by
 from pals_ray.control.replica.batch_choice import pinned_column, with_batch_limits
+from pals_ray.control.replica.candidates import LATE_TOKEN
 from pals_ray.control.replica.prediction import Surface
 from pals_ray.control.snapshot import Arrivals, ReplicaSnapshot
 from pals_ray.models.power_model import FloatArray
@@ -17,8 +18,6 @@ HEADROOM = 0.1
 STEP = 0.05
 #: Share of samples with the cap binding from which on it counts as binding.
 BINDING = 0.5
-#: What a late token is worth beside a good one: of two points with the same good ones the one that serves more counts.
-VALUE_PER_TOKEN = 1e-3
 #: What a watt costs, so that of two points that serve the same the cheaper is worth more.
 VALUE_PER_W = 1e-6
 
@@ -84,7 +83,7 @@ def replica_menu(
     paid = np.ones_like(share)
     paid[0] = 1.0 - busy * (1.0 - replica.least_charge_w / max(float(charge_w[0]), replica.least_charge_w))
     served = np.minimum(capacity, wanted)
-    value = replica.target.weight * (share * wanted + VALUE_PER_TOKEN * served) * paid
+    value = replica.target.weight * (share * wanted + LATE_TOKEN * served) * paid
     value = value - VALUE_PER_W * (replica.least_charge_w + extra_w)
     floor = _floor(replica, on, share[kept], extra_w[kept], wanted > 0)
     return ReplicaMenu(

@@ -14,6 +14,8 @@ from pals_ray.control.replica.slo_feedback import SPEND
 from pals_ray.control.snapshot import Arrivals
 from pals_ray.models.power_model import FloatArray
 
+#: What a late token counts beside a good one: where hardly any can be good, more of them are still worth a watt.
+LATE_TOKEN = 1e-3
 #: A device's range is divided into at most so many caps, beside the ceiling and those around the present cap.
 CAP_STEPS = 25
 
@@ -93,7 +95,7 @@ def candidates(
         running=comes.running,
         capacity_tokens_per_s=capacity,
         attainment=found.attainment,
-        score=np.where(keeps, 1.0, 0.999 * found.good_share * served),
+        score=np.where(keeps, 1.0, 0.999 * (found.good_share + LATE_TOKEN) / (1.0 + LATE_TOKEN) * served),
         power_w=comes.power_w,
         joules_per_token=node_w / np.maximum(np.minimum(capacity, arrivals.tokens_per_s), 1.0),
     )

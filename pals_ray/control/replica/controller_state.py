@@ -50,7 +50,7 @@ class ControllerConfig:
     margin: float = 0.03
     hysteresis: float = 0.03
 
-    #: A new cap has to raise the score by this, or to save `least_saving` of the replica's GPU watts.
+    #: A new cap has to raise the score by this share, or to save `least_saving` of the replica's GPU watts.
     least_gain: float = 0.005
     least_saving: float = 0.002
     #: The cap rises no sooner than this after its last change. A batch limit falls no sooner after its own.

@@ -23,7 +23,7 @@ def next_cap(
     state: ControllerState, seen: Situation, config: ControllerConfig, found: Candidates, here: int, best: int
 ) -> tuple[int, str]:
     """The candidate to take next on the way from `here` to `best`, within dwell and slew, and why."""
-    gain = found.score[best] - found.score[here]
+    gain = 1.0 - found.score[here] / found.score[best]
     saving = 1.0 - found.joules_per_token[best] / found.joules_per_token[here]
     resting = best < here and state.demand.per_s < SILENT_PER_S
     if best == here or (gain < config.least_gain and saving < config.least_saving and not resting):
