@@ -21,8 +21,9 @@ from pals_ray.simulation.traces import Trace
 from pals_ray.types import OperatingPoint, Target
 from policies import uniform
 
-#: The points: these shares of the device's range of caps, each at these shares of the start batch.
-CAP_SHARES = (0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0)
+#: The points: these shares of the device's range of caps, each at these shares of the start batch. The lowest cap is
+#: among them: far below a large batch's draw capacity falls faster than any form fitted above it says.
+CAP_SHARES = (0.0, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0)
 BATCH_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
 #: How long each point runs, and how much of that is left out while the engine fills, s. No scenario uses this seed.
 POINT_S, FILL_S = 180.0, 60.0
