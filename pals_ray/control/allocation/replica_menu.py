@@ -8,7 +8,7 @@ import numpy as np
 
 from pals_ray.control.replica.attainment import QueueingModel, kept_pace, paced_by
 from pals_ray.control.replica.batch_choice import pinned_column, with_batch_limits
-from pals_ray.control.replica.candidates import LATE_TOKEN
+from pals_ray.control.replica.candidates import LATE_TOKEN, wanted_tokens_per_s
 from pals_ray.control.replica.prediction import Surface
 from pals_ray.control.snapshot import Arrivals, ReplicaSnapshot
 from pals_ray.models.power_model import FloatArray
@@ -52,7 +52,7 @@ def replica_menu(
     slo, caps = replica.target.slo, np.arange(len(on.cap_w))
     most_batch = replica.max_batch if pin_batch_limit is None else max(pin_batch_limit, 1)
     arrivals = _arrivals(replica, float(on.capacity_tokens_per_s[:, on.batch <= most_batch].max()))
-    wanted = min(arrivals.tokens_per_s, np.inf if target_tokens_per_s is None else target_tokens_per_s)
+    wanted = wanted_tokens_per_s(arrivals.tokens_per_s, target_tokens_per_s)
     planned = arrivals.times(wanted / max(arrivals.tokens_per_s, 1e-9))
     queue = QueueingModel.of(on, planned, slo)
     if pin_batch_limit is None:

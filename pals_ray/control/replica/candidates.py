@@ -68,7 +68,8 @@ def candidates(
     config: ControllerConfig,
 ) -> Candidates:
     """The candidates for what arrives."""
-    on, slo, wanted = queue.on, queue.slo, wanted_tokens_per_s(arrivals.tokens_per_s, seen)
+    on, slo, target = queue.on, queue.slo, seen.target.throughput_tokens_per_s
+    wanted = wanted_tokens_per_s(arrivals.tokens_per_s, target)
     caps = np.arange(len(on.cap_w))
     share = min(wanted / max(arrivals.tokens_per_s, EPS), 1.0)
     planned = arrivals.times(share * state.need)
@@ -80,7 +81,7 @@ def candidates(
     capacity = on.capacity_tokens_per_s[caps, column]
     drains = np.minimum(capacity / max(_to_serve_now(arrivals, wanted, state, seen), EPS), 1.0)
     # Demand swings, a target does not.
-    needed = wanted_tokens_per_s((1.0 + config.margin) * arrivals.tokens_per_s, seen) * state.need
+    needed = wanted_tokens_per_s((1.0 + config.margin) * arrivals.tokens_per_s, target) * state.need
     served = np.minimum(capacity / max(needed, EPS), 1.0) * drains
     served *= _pace(on, found.running, seen, wanted) * _present(queue, seen)
 
@@ -101,10 +102,9 @@ def candidates(
     )
 
 
-def wanted_tokens_per_s(demand_tokens_per_s: float, seen: Situation) -> float:
+def wanted_tokens_per_s(demand_tokens_per_s: float, target_tokens_per_s: float | None) -> float:
     """What is to be served: all demand, or the target where that is less."""
-    target = seen.target.throughput_tokens_per_s
-    return demand_tokens_per_s if target is None else min(demand_tokens_per_s, target)
+    return demand_tokens_per_s if target_tokens_per_s is None else min(demand_tokens_per_s, target_tokens_per_s)
 
 
 def _to_serve_now(arrivals: Arrivals, wanted: float, state: ControllerState, seen: Situation) -> float:

@@ -15,7 +15,7 @@ from pals_ray.types import Expected, OperatingPoint, ReplicaTelemetry, Target
 
 @dataclass(frozen=True, slots=True)
 class Gains:
-    """PID on the relative error e = 1 - served / wanted; the output is a factor exp(u), u within +-log 2.
+    """PID on the relative error e = 1 - served / wanted; the output is a factor exp(u), u from -0.03 to log 2.
 
     `proportional` is u per unit of e, `integral_per_s` u per unit and second, `derivative_s` u per unit/s. Errors
     within `dead_band` count as none; a larger one must have lasted `persist_s` before it counts. While there is no
