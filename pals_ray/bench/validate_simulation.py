@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack
 
 from pals_ray.bench.served_fleet import UNCAPPED_BUDGET_W, URL, BenchError, ServedFleet, served_fleet
 from pals_ray.config.fleet import FleetConfig, parse_fleet_config
-from pals_ray.control.telemetry import LATENCY_S
 from pals_ray.engine.control_block import ControlBlock, block_path
 from pals_ray.evaluation import side_by_side
 from pals_ray.evaluation.side_by_side import BudgetStep, HeldPoint, Readings, Row, Stage, Traces
@@ -92,8 +91,7 @@ async def live_setting(fleet: Fleet, key: str, config: FleetConfig) -> SimSettin
 async def run_live(
     fleet: Fleet, replicas: Mapping[str, HeldReplica], stage: Stage, traces: Traces, looks_s: tuple[float, ...]
 ) -> list[Readings]:
-    """Run one stage on the live fleet once it is idle. Where the policy is to decide, its telemetry is first given time
-    to forget the stage before."""
+    """Run one stage on the live fleet once it is idle."""
     held_at = stage.point if isinstance(stage, HeldPoint) else None
     await fleet.set_budget_async(UNCAPPED_BUDGET_W if isinstance(stage, HeldPoint) else stage.before_w)
     for replica in replicas.values():
@@ -102,8 +100,6 @@ async def run_live(
             await replica.hold(held_at)
         else:
             await replica.release()
-    if held_at is None:
-        await asyncio.sleep(LATENCY_S)
     readings: list[Readings] = []
     clients = [OpenLoop(URL, model, trace) for model, trace in traces.items()]
     async with loaded(*clients):

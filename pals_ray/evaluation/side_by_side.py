@@ -32,6 +32,8 @@ LIMITS = {"tokens_per_s": 0.10, "power_w": 0.10, "itl_p50_s": 0.15, "tpot_p50_s"
 ATTAINMENT_LIMIT = 0.01
 #: Nothing is compared for so long after a load has begun or the budget has fallen, s.
 SETTLE_S = 12.0
+#: Where the policy is to decide, the load first goes on for so long, s: then the controllers of both sides know it.
+KNOWN_S = 90.0
 #: The simulated fleet is idle for so long before its load begins, as the live one is, s.
 LEAD_S = 10.0
 
@@ -49,6 +51,7 @@ class HeldPoint:
 
     point: OperatingPoint
     load: float
+    settle_s = SETTLE_S
 
     @property
     def windows(self) -> tuple[str, ...]:
@@ -64,6 +67,7 @@ class BudgetStep:
     before_w: float
     after_w: float
     load: float
+    settle_s = KNOWN_S
 
     @property
     def windows(self) -> tuple[str, ...]:
@@ -136,8 +140,8 @@ def twin(config: FleetConfig, members: Sequence[Member], parked_dies: Sequence[f
 
 
 def look_times(stage: Stage, seconds: float) -> tuple[float, ...]:
-    """When to read the counters, s since the load began: where each window begins and ends, `SETTLE_S` before each."""
-    starts_s = [i * (SETTLE_S + seconds) + SETTLE_S for i in range(len(stage.windows))]
+    """When to read the counters, s since the load began: where each window begins and ends."""
+    starts_s = [stage.settle_s + i * (SETTLE_S + seconds) for i in range(len(stage.windows))]
     return tuple(time_s for start_s in starts_s for time_s in (start_s, start_s + seconds))
 
 
