@@ -19,6 +19,8 @@ from pals_ray.profiling.measure import HeldReplica, held
 from pals_ray.runtime.client import Fleet
 from pals_ray.simulation.setting import SimSetting
 
+#: Engines that have just started stall for seconds in their first minute under load: a load that nobody looks at, s.
+WARM_S = 60.0
 #: The format of each figure, and its factor from SI units.
 _SHOWN_AS = {
     "tokens_per_s": (".1f", 1),
@@ -69,6 +71,9 @@ async def _live(served: ServedFleet, seconds: float, seed: int) -> tuple[SimSett
         replicas = {m: await stack.enter_async_context(held(m)) for m in served.model_ids}
         config = parse_fleet_config(served.content, "the default fleet")
         setting = await live_setting(served.fleet, served.key, config)
+        warm = side_by_side.STAGES[0]
+        requests = side_by_side.requests_of(warm, setting.fleet, WARM_S, seed)
+        await run_live(served.fleet, replicas, warm, requests, (WARM_S,))
         runs = []
         for number, stage in enumerate(side_by_side.STAGES):
             looks_s = side_by_side.look_times(stage, seconds)

@@ -78,8 +78,8 @@ class BudgetStep:
 
 Stage = HeldPoint | BudgetStep
 
-#: Caps that bind weakly, clearly and hard, on batches that vary and on full ones. The budget step comes last: engines
-#: that have just started stall for seconds in their first minute under load, and controllers would react to that.
+#: Caps that bind weakly, clearly and hard, on batches that vary and on full ones; at last a budget that the policy
+#: divides.
 STAGES: tuple[Stage, ...] = (
     HeldPoint(OperatingPoint(400.0, 32), 0.7),
     HeldPoint(OperatingPoint(250.0, 32), 1.2),
