@@ -38,6 +38,7 @@ class Window:
     modelled_over_wall: float
     late_share: float
     energy_w: list[float]
+    busy_share: float
     booked_over_drawn: list[float]
 
 
@@ -63,6 +64,7 @@ def decode_window(engine, gpus, steps=15, batch=12):
         modelled_over_wall=(last.modelled_s - first.modelled_s) / wall_s,
         late_share=(last.late_steps - first.late_steps) / count,
         energy_w=[(b - a) / (end_s - start_s) for a, b in zip(start_j, end_j, strict=True)],
+        busy_share=(last.modelled_s - first.modelled_s) / (end_s - start_s),
         booked_over_drawn=[booked_over_drawn(of_gpu) for of_gpu in np.swapaxes(samples, 0, 1)],
     )
 
@@ -148,6 +150,11 @@ def test_the_energy_booked_is_the_draw_times_wall_time(paced_engine, held):
     set_caps(held, 200, 200)
     window = decode_window(paced_engine, held, steps=40)
     assert window.booked_over_drawn == pytest.approx([1, 1], rel=0.01)
+    # And over the whole window, with what lies between steps: modelled steps at their draw, and the rest at idle.
+    step_w = group_physics(held).group_step(decode_work(batch=12), (200, 200), [gpu.die for gpu in held]).power_w
+    idle_w = held[0].spec.idle_context_w
+    mean_w = [window.busy_share * drawn_w + (1 - window.busy_share) * idle_w for drawn_w in step_w]
+    assert window.energy_w == pytest.approx(mean_w, rel=0.03)
 
 
 def test_gpus_rest_at_idle_while_nothing_is_asked(paced_engine, held):
